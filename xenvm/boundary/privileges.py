@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The one table: what each process of xenvm is, may hold and may call. Pure data, no I/O.
+
+Processes confine themselves from it, the audit compares live processes with it, and SECURITY.md prints it.
+
+The kinds of descriptors: "/dev/null" and other device paths stand for themselves, "log" is the monitor's log file,
+"file" any regular file, "block" any block device, "pty" any pseudo-terminal, "socket" any socket, and
+"anon_inode:..." is what the kernel shows in /proc/PID/fd.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Final
+
+
+class Role(StrEnum):
+    """One kind of process."""
+
+    BROKER = "broker"
+    SUPERVISOR = "supervisor"
+    WATCHER = "watcher"
+    PARSER = "parser"
+    BUILDER = "builder"
+
+
+class Landlock(StrEnum):
+    """What the Landlock ruleset of a process leaves it."""
+
+    NOTHING = "nothing accessible"
+    UNRESTRICTED = "not restricted"
+
+
+# What Python calls to make a descriptor non-blocking or (not) inheritable: FIONBIO, FIOCLEX, FIONCLEX of
+# asm-generic/ioctls.h. FIOSETOWN and FIOASYNC are not among them: they would be another way to signal a process.
+DESCRIPTOR_IOCTLS: Final[frozenset[int]] = frozenset({0x5421, 0x5451, 0x5450})
+
+# What libxencall, libxenforeignmemory and libxenevtchn call after their devices are open, from xen/privcmd.h
+# (HYPERCALL, MMAPBATCH, MMAPBATCH_V2, MMAP_RESOURCE; 0x50ff asks whether the kernel knows unknown requests) and
+# xen/evtchn.h (BIND_INTERDOMAIN, UNBIND, NOTIFY).
+XEN_IOCTLS: Final[frozenset[int]] = frozenset(
+    {0x305000, 0x185003, 0x205004, 0x205007, 0x50FF, 0x84501, 0x44503, 0x44504},
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Everything one role may hold or do.
+
+    `user` None: stays root. `capabilities` is the permitted, effective and bounding set; inheritable and ambient are
+    always empty. `syscalls` None: all but KILL_LIST. `ioctls` are the requests with which ioctl is let through.
+    `descriptors` are the fixed numbers, `extra_descriptors` the kinds that may be open besides. `limits` maps the name
+    of a resource limit without its RLIMIT_ prefix to its value, soft and hard, in the unit setrlimit(2) gives it.
+    `requests` are the operations the process answers.
+    """
+
+    role: Role
+    user: str | None
+    capabilities: frozenset[str]
+    no_new_privs: bool
+    syscalls: frozenset[str] | None
+    landlock: Landlock
+    descriptors: Mapping[int, str]
+    extra_descriptors: frozenset[str]
+    limits: Mapping[str, int]
+    lifetime: str
+    requests: tuple[str, ...]
+    dies_with_parent: bool = True
+    ioctls: frozenset[int] = DESCRIPTOR_IOCTLS
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+NULL: Final = "/dev/null"
+LOG: Final = "log"
+FILE: Final = "file"
+BLOCK: Final = "block"
+PTY: Final = "pty"
+SOCKET: Final = "socket"
+EPOLL: Final = "anon_inode:[eventpoll]"
+PIDFD: Final = "anon_inode:[pidfd]"
+PRIVCMD: Final = "/dev/xen/privcmd"
+
+MONITOR: Final = "monitor"
+ONE_REQUEST: Final = "one request"
+
+# A process that writes no file but its log. RLIMIT_FSIZE counts the offset in the file, so this bounds the log too:
+# a process gone mad cannot fill the disk with it. In bytes.
+LOG_SIZE_LIMIT: Final = 64 << 20
+
+# No role makes these calls, and no child of the broker inherits a way to make them. Each gives access to another
+# process, loads code into the kernel, changes mounts or namespaces, opens files past the checks on their directories
+# (open_by_handle_at needs only the broker's DAC_READ_SEARCH) or is known for a wide attack surface.
+KILL_LIST: Final[frozenset[str]] = _names(
+    """
+    ptrace process_vm_readv process_vm_writev process_madvise kcmp pidfd_getfd
+    bpf perf_event_open userfaultfd io_uring_setup io_uring_enter io_uring_register
+    kexec_load kexec_file_load init_module finit_module delete_module create_module query_module get_kernel_syms
+    mount umount2 move_mount open_tree open_tree_attr fsopen fsconfig fsmount fspick mount_setattr pivot_root
+    unshare setns name_to_handle_at open_by_handle_at fanotify_init fanotify_mark
+    add_key request_key keyctl
+    swapon swapoff reboot acct quotactl quotactl_fd syslog nfsservctl lookup_dcookie vhangup sethostname setdomainname
+    settimeofday clock_settime clock_adjtime adjtimex
+    iopl ioperm modify_ldt personality uselib ustat sysfs _sysctl
+    move_pages migrate_pages vmsplice
+    """,
+)
+
+# What CPython 3.11 to 3.13 and glibc 2.36 to 2.41 need once all imports are done, and what a loop over passed
+# descriptors needs. Left out on purpose: kill, tgkill and tkill (processes of one uid could signal each other; abort
+# ends in a trap instruction without them), prlimit64 (takes another process of the same uid), clone, and everything
+# that opens or changes a path or makes a socket. A traceback then lacks its source lines, and a late import
+# ends in PermissionError or ModuleNotFoundError.
+# newfstatat, which glibc 2.36 makes fstat of, can still ask for the size and owner of a path.
+BASE_SYSCALLS: Final[frozenset[str]] = _names(
+    """
+    read readv pread64 write writev lseek close close_range fstat newfstatat dup dup3 fcntl ioctl
+    mmap munmap mremap mprotect madvise brk
+    futex set_robust_list rseq rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack restart_syscall
+    clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time setitimer getitimer
+    getpid gettid getppid getuid geteuid getgid getegid getresuid getresgid getrandom sched_yield
+    poll ppoll select pselect6 epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2
+    recvfrom recvmsg sendto sendmsg getsockopt setsockopt shutdown
+    exit exit_group
+    """,
+)
+
+# Four of the calls above are cut by their arguments. ioctl: see Row.ioctls. fcntl: F_SETOWN and F_SETSIG would be
+# another way to signal a process of the same uid. The numbers of fcntl.h are F_DUPFD, F_GETFD, F_SETFD, F_GETFL,
+# F_SETFL, F_DUPFD_CLOEXEC, F_ADD_SEALS, F_GET_SEALS.
+FCNTL_COMMANDS: Final[frozenset[int]] = frozenset({0, 1, 2, 3, 4, 1030, 1033, 1034})
+# mmap and mprotect: all code is loaded by then, so no memory becomes executable. PROT_EXEC of sys/mman.h.
+NO_EXECUTABLE_MEMORY: Final[frozenset[str]] = frozenset({"mmap", "mprotect"})
+PROT_EXEC: Final = 4
+
+_SUPERVISOR_SYSCALLS: Final = BASE_SYSCALLS | {"accept4", "getsockname", "getpeername"}
+
+# The parser reads one descriptor and answers on another.
+_PARSER_SYSCALLS: Final = BASE_SYSCALLS - _names(
+    """
+    epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 setsockopt dup dup3 setitimer getitimer
+    """,
+)
+
+# libxenctrl and libxenguest: hypercalls are ioctls, guest memory is mapped and locked, images are read and written
+# through passed descriptors, which are flushed and dropped from the page cache behind the writer.
+_BUILDER_SYSCALLS: Final = BASE_SYSCALLS | _names(
+    """
+    mlock munlock pwrite64 pwritev preadv ftruncate fsync fdatasync sync_file_range fadvise64 uname sysinfo
+    """,
+)
+
+# The names of boundary.messages.Op, which a test compares with these.
+_BUILDER_REQUESTS: Final = (
+    "find",
+    "build",
+    "build-paused",
+    "rebuild",
+    "query",
+    "pause",
+    "unpause",
+    "resume",
+    "ask-poweroff",
+    "ask-reboot",
+    "withdraw",
+    "force-poweroff",
+    "destroy",
+    "console",
+)
+_BROKER_REQUESTS: Final = (*_BUILDER_REQUESTS, "start", "start-paused", "console-log", "read-config", "started", "quit")
+
+
+def _frozen(pairs: dict[int, str]) -> Mapping[int, str]:
+    return MappingProxyType({0: NULL, 1: LOG, 2: LOG, **pairs})
+
+
+def _limits(**values: int) -> Mapping[str, int]:
+    """No process leaves a core file: its memory holds what the guest and the administrator said."""
+    return MappingProxyType({"CORE": 0, **values})
+
+
+_ROWS: Final = (
+    Row(
+        role=Role.BROKER,
+        user=None,
+        # SETUID, SETGID, SETPCAP: the children give up root with them. KILL: to end a child, also by its parent-death
+        # signal, which the kernel checks against the dying parent. CHOWN: the log and the command socket belong to the
+        # group xenvm. DAC_READ_SEARCH: a kernel image may belong to anybody. Directories and /dev/xen belong to root.
+        capabilities=frozenset(
+            {"CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_KILL", "CAP_CHOWN", "CAP_DAC_READ_SEARCH"},
+        ),
+        no_new_privs=True,
+        syscalls=None,
+        landlock=Landlock.UNRESTRICTED,
+        descriptors=_frozen({}),
+        extra_descriptors=frozenset({SOCKET, FILE, BLOCK, PTY, EPOLL, PIDFD}),
+        # Children inherit the limits and cannot raise them, so only what suits all of them is here.
+        limits=_limits(NOFILE=256),
+        lifetime=MONITOR,
+        requests=_BROKER_REQUESTS,
+        dies_with_parent=False,
+    ),
+    Row(
+        role=Role.SUPERVISOR,
+        user="xenvm",
+        capabilities=frozenset(),
+        no_new_privs=True,
+        syscalls=_SUPERVISOR_SYSCALLS,
+        landlock=Landlock.NOTHING,
+        # 3 the broker, 4 the listener for commands, 5 the watcher
+        descriptors=_frozen({3: SOCKET, 4: SOCKET, 5: SOCKET}),
+        extra_descriptors=frozenset({SOCKET, EPOLL, FILE, BLOCK, PTY}),
+        limits=_limits(NPROC=0, FSIZE=LOG_SIZE_LIMIT, NOFILE=256),
+        lifetime=MONITOR,
+        requests=(),
+    ),
+    Row(
+        role=Role.WATCHER,
+        user="xenvm-watch",
+        capabilities=frozenset(),
+        no_new_privs=True,
+        syscalls=BASE_SYSCALLS,
+        landlock=Landlock.NOTHING,
+        # 3 the broker, 4 the supervisor; xenstore comes on the next free number
+        descriptors=_frozen({3: SOCKET, 4: SOCKET}),
+        extra_descriptors=frozenset({SOCKET, EPOLL}),
+        limits=_limits(NPROC=0, FSIZE=LOG_SIZE_LIMIT, NOFILE=32),
+        lifetime=MONITOR,
+        requests=(),
+    ),
+    Row(
+        role=Role.PARSER,
+        user="xenvm-parse",
+        capabilities=frozenset(),
+        no_new_privs=True,
+        syscalls=_PARSER_SYSCALLS,
+        landlock=Landlock.NOTHING,
+        # 3 the broker, 4 the config file
+        descriptors=_frozen({3: SOCKET, 4: FILE}),
+        extra_descriptors=frozenset(),
+        # A config file that needs more than this is an attack: 256 MiB of addresses, a minute of processor.
+        limits=_limits(NPROC=0, FSIZE=LOG_SIZE_LIMIT, NOFILE=32, AS=256 << 20, CPU=60),
+        lifetime=ONE_REQUEST,
+        requests=("parse",),
+    ),
+    Row(
+        role=Role.BUILDER,
+        user="xenvm-build",
+        capabilities=frozenset(),
+        no_new_privs=True,
+        syscalls=_BUILDER_SYSCALLS,
+        landlock=Landlock.NOTHING,
+        # 3 the broker; devices and xenstore are opened before the drop
+        descriptors=_frozen({3: SOCKET}),
+        extra_descriptors=frozenset(
+            {
+                SOCKET,
+                FILE,
+                BLOCK,
+                NULL,
+                PRIVCMD,
+                "/dev/xen/hypercall",
+                "/dev/xen/evtchn",
+            },
+        ),
+        # No FSIZE: a save image is as large as the guest's memory.
+        limits=_limits(NPROC=0, NOFILE=64),
+        lifetime=ONE_REQUEST,
+        requests=_BUILDER_REQUESTS,
+        ioctls=DESCRIPTOR_IOCTLS | XEN_IOCTLS,
+    ),
+)
+
+TABLE: Final[Mapping[Role, Row]] = MappingProxyType({row.role: row for row in _ROWS})
+
+
+def markdown_table() -> str:
+    """Give the table as Markdown, one line per role, ending in a newline."""
+    heads = ("process", "user", "capabilities", "system calls", "files", "descriptors", "limits", "lives", "answers")
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in TABLE.values():
+        fixed = ", ".join(f"{number} {kind}" for number, kind in sorted(row.descriptors.items()))
+        extra = ", ".join(sorted(row.extra_descriptors))
+        cells = (
+            row.role.value,
+            row.user or "root",
+            ", ".join(name.removeprefix("CAP_") for name in sorted(row.capabilities)) or "none",
+            "all but the kill list" if row.syscalls is None else f"{len(row.syscalls)} allowed",
+            row.landlock.value,
+            f"{fixed}; also {extra}" if extra else fixed,
+            ", ".join(f"{name} {value}" for name, value in row.limits.items()),
+            row.lifetime,
+            ", ".join(row.requests) or "nothing",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Child processes of the broker: started, watched by pidfd, ended, reaped."""
+
+import os
+import select
+import signal
+from collections.abc import Mapping
+from typing import Final
+
+from xenvm.boundary.frames import Channel
+from xenvm.boundary.messages import Hello
+from xenvm.boundary.privileges import Role
+from xenvm.boundary.spawn import spawn
+
+END_WAIT_MS: Final = 5000
+CHANNEL_THERE: Final = 3
+
+
+class Child:
+    """One running child; its channel is its descriptor 3."""
+
+    def __init__(self, role: Role, log: int, extra: Mapping[int, int], uuid: str) -> None:
+        """Start a child of `role` whose output goes to the descriptor `log`."""
+        self.role = role
+        self.channel, theirs = Channel.pair()
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            descriptors = {0: null, 1: log, 2: log, CHANNEL_THERE: theirs.fileno(), **extra}
+            self.pid = spawn(role, descriptors, uuid)
+        finally:
+            theirs.close()
+            os.close(null)
+        self.pidfd = os.pidfd_open(self.pid)
+        self.status: int | None = None
+        self._greeted = False
+
+    def greets(self, hello: Hello) -> bool:
+        """Tell whether this is the one greeting of this very child."""
+        honest = hello.pid == self.pid and hello.role == self.role.value and not self._greeted
+        self._greeted = True
+        return honest
+
+    def ended(self) -> bool:
+        """Tell whether the child has ended, and reap it then."""
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.status = status
+        return self.status is not None
+
+    def how(self) -> str:
+        """Say how it ended."""
+        if self.status is None:
+            return "is running"
+        if os.WIFSIGNALED(self.status):
+            return f"died of {signal.Signals(os.WTERMSIG(self.status)).name}"
+        return f"ended with status {os.waitstatus_to_exitcode(self.status)}"
+
+    def end(self, grace_ms: int = 0) -> None:
+        """Wait `grace_ms` milliseconds for the child to end, then kill it; reap it, close what is ours. Works twice."""
+        if self.pidfd < 0:
+            return
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        if not self.ended() and not (grace_ms and poll.poll(grace_ms)):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            poll.poll(END_WAIT_MS)
+        self.ended()
+        self.channel.close()
+        os.close(self.pidfd)
+        self.pidfd = -1

@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The broker of one VM: decides on each request of the supervisor, opens what is granted, starts a helper, logs it.
+
+It never touches Xen, a guest, or text from outside. The domid is its own knowledge, from its builders; a request
+that is not legal in the present phase is refused, and nothing a supervisor sends can name a file or a domain.
+"""
+
+import os
+import select
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from xenvm.boundary.frames import Channel
+from xenvm.boundary.messages import (
+    NO_DOMAIN,
+    Ask,
+    Domain,
+    DomainState,
+    Done,
+    Failed,
+    Fault,
+    Grants,
+    Hello,
+    Init,
+    Job,
+    Message,
+    Op,
+    Phase,
+    Policy,
+    Progress,
+)
+from xenvm.boundary.privileges import Role
+from xenvm.broker import host
+from xenvm.broker.actlog import ActLog
+from xenvm.broker.children import Child
+from xenvm.broker.phases import PERMITS, REBUILDING, START_DEADLINE_S, VmPhase
+from xenvm.errors import ExitCode, ProtocolError, XenvmError
+
+RESTARTS_PER_MINUTE: Final = 5
+LISTENER_THERE, WATCHER_THERE, SUPERVISOR_THERE = 4, 5, 4
+STARTUP_OPS: Final = {"started": Op.START, "paused": Op.START_PAUSED, "shutdown": Op.FIND}
+
+Reload = Callable[[], tuple[Grants, Policy, dict[str, str]]]
+
+
+class _Work:
+    """The one running job: what was asked, who does it, until when."""
+
+    def __init__(self, sequence: int, op: Op, builder: Child, deadline_s: float) -> None:
+        self.sequence = sequence
+        self.op = op
+        self.builder = builder
+        self.deadline_s = deadline_s
+        self.end = time.monotonic() + deadline_s
+        self.result: tuple[Message, list[int]] | None = None
+
+
+class Broker:
+    """All state of one monitor's privileged side."""
+
+    def __init__(
+        self,
+        *,
+        grants: Grants,
+        policy: Policy,
+        fields: dict[str, str],
+        config_file: str,
+        listener: socket.socket,
+        log: int,
+        acts: ActLog,
+        reload_config: Reload,
+        started: Callable[[int, str], None],
+        spare: Child | None,
+    ) -> None:
+        """Seal the grants; nothing runs before `run`."""
+        self._grants, self._policy, self._fields = grants, policy, fields
+        self._config_file = config_file
+        self._listener, self._log, self._acts = listener, log, acts
+        self._reload, self._started = reload_config, started
+        self._spare = spare
+        self._phase, self._domid = VmPhase.UNKNOWN, -1
+        self._work: _Work | None = None
+        self._asked: dict[Op, deque[float]] = {op: deque() for op in PERMITS}
+        self._restarts: dict[Role, deque[float]] = {Role.SUPERVISOR: deque(), Role.WATCHER: deque()}
+        self._events_in, self._events_out = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self._events_in, self._events_out):
+            end.setblocking(False)
+        self._supervisor: Child | None = None
+        self._watcher: Child | None = None
+        self._quitting = False
+
+    # Life
+
+    def run(self, wakeup: int) -> int:
+        """Serve until the supervisor asks to quit or a signal arrives on `wakeup`; return the exit status."""
+        try:
+            self._begin(0, STARTUP_OPS[self._policy.startup], START_DEADLINE_S)
+            self._start_supervisor(first=True)
+            self._start_watcher()
+            while not self._quitting:
+                self._turn(wakeup)
+        except XenvmError as error:
+            self._acts.append("gave up", why=error.message)
+            self._started(int(error.code), error.message)
+            return int(error.code)
+        finally:
+            self._end_children()
+            self._acts.append("closed")
+        return 0
+
+    def _turn(self, wakeup: int) -> None:
+        poll = select.poll()
+        poll.register(wakeup, select.POLLIN)
+        children = [child for child in (self._supervisor, self._watcher, self._builder()) if child is not None]
+        for child in children:
+            poll.register(child.channel.fileno(), select.POLLIN)
+            poll.register(child.pidfd, select.POLLIN)
+        timeout_ms = max(0.0, (self._work.end - time.monotonic()) * 1000) if self._work else None
+        ready = {descriptor for descriptor, _ in poll.poll(timeout_ms)}
+        if wakeup in ready:
+            self._signalled(os.read(wakeup, 64))
+        for child in children:
+            if child.channel.fileno() in ready:
+                self._drain(child)
+        for child in children:
+            if child.pidfd in ready and child.ended():
+                self._drain(child)
+                self._gone(child)
+        if self._work and time.monotonic() >= self._work.end:
+            self._work.builder.end()
+            self._finish()
+
+    def _signalled(self, numbers: bytes) -> None:
+        """SIGHUP reads the config again, as the original did; SIGTERM and SIGINT end the monitor, not the guest."""
+        if set(numbers) - {signal.SIGHUP}:
+            self._quitting = True
+            return
+        try:
+            self._read_config()
+        except XenvmError as error:
+            self._acts.append("refused", op="read-config", why=error.message[:200])
+
+    def _builder(self) -> Child | None:
+        return self._work.builder if self._work else None
+
+    def _end_children(self) -> None:
+        """The supervisor gets a moment to flush its last replies; the others have nothing to lose."""
+        if self._work:
+            self._acts.append("ended job", op=self._work.op.value)
+        if self._supervisor:
+            self._supervisor.channel.close()
+            self._supervisor.end(grace_ms=2000)
+        for child in (self._watcher, self._builder(), self._spare):
+            if child:
+                child.end()
+
+    # Children
+
+    def _start_supervisor(self, *, first: bool) -> None:
+        extra = {LISTENER_THERE: self._listener.fileno(), WATCHER_THERE: self._events_out.fileno()}
+        self._supervisor = Child(Role.SUPERVISOR, self._log, extra, self._grants.uuid)
+        self._acts.append("started", role="supervisor", pid=self._supervisor.pid)
+        self._send_init(first=first)
+
+    def _send_init(self, *, first: bool) -> None:
+        self._to_supervisor(
+            Init(
+                uuid=self._grants.uuid,
+                name=self._grants.name,
+                config_file=self._config_file,
+                memory_mib=self._grants.memory_mib,
+                vcpus=self._grants.vcpus,
+                debug=self._grants.debug,
+                first=first,
+                monitor_pid=os.getpid(),
+                all_gid=host.group_id(host.ALL_GROUP),
+                read_gid=host.group_id(host.READ_GROUP),
+                policy=self._policy,
+                fields=self._fields,
+            )
+        )
+
+    def _start_watcher(self) -> None:
+        self._watcher = Child(Role.WATCHER, self._log, {SUPERVISOR_THERE: self._events_in.fileno()}, self._grants.uuid)
+        self._acts.append("started", role="watcher", pid=self._watcher.pid)
+
+    def _drain(self, child: Child) -> None:
+        """Take every message that has arrived from a child; a child that breaks the protocol is ended."""
+        while child.pidfd >= 0:
+            try:
+                received = child.channel.receive_now()
+            except BlockingIOError:
+                return
+            except ProtocolError as error:
+                self._acts.append("protocol", role=child.role.value, pid=child.pid, why=error.message[:200])
+                child.end()
+                self._gone(child)
+                return
+            if received is None:
+                return
+            message, descriptors = received
+            if isinstance(message, Hello) and child.greets(message):
+                self._acts.append("confined", role=message.role, pid=message.pid, proof=message.proof)
+            elif child is self._supervisor and isinstance(message, Ask):
+                self._answer(message)
+            elif self._work and child is self._work.builder and isinstance(message, Progress):
+                self._to_supervisor(Progress(self._work.sequence, message.step))
+            elif self._work and child is self._work.builder and isinstance(message, Done | Failed):
+                self._work.result = (message, descriptors)
+                child.end(grace_ms=5000)
+                self._finish()
+            else:
+                self._acts.append("protocol", role=child.role.value, pid=child.pid, why="message out of place")
+                child.end()
+                self._gone(child)
+
+    def _gone(self, child: Child) -> None:
+        """A child has ended by itself: replace it, or finish its job."""
+        if self._work and child is self._work.builder:
+            self._finish()
+            return
+        if child not in (self._supervisor, self._watcher):
+            return
+        child.end()
+        self._acts.append("ended", role=child.role.value, pid=child.pid, how=child.how())
+        recent = self._restarts[child.role]
+        if not _allow(recent, RESTARTS_PER_MINUTE):
+            raise XenvmError(f"the {child.role.value} ended {RESTARTS_PER_MINUTE + 1} times in a minute; giving up")
+        if child is self._watcher:
+            self._start_watcher()
+            return
+        self._supervisor = None
+        if not self._work:  # else its end brings the new supervisor up to date
+            self._begin(0, Op.FIND, PERMITS[Op.FIND].deadline_s)
+        else:
+            self._work.sequence = 0
+        self._start_supervisor(first=False)
+
+    def _to_supervisor(self, message: Message, descriptors: tuple[int, ...] = ()) -> None:
+        if self._supervisor and self._supervisor.pidfd >= 0:
+            try:
+                self._supervisor.channel.send(message, descriptors, deadline_s=5.0)
+            except XenvmError as error:
+                self._acts.append("lost", role="supervisor", why=error.message)
+                self._supervisor.end()
+
+    # Requests
+
+    def _answer(self, ask: Ask) -> None:
+        try:
+            self._permit(ask)
+            if ask.op is Op.STARTED:
+                self._started(ask.code, ask.text)
+                self._quitting = ask.code != 0
+            elif ask.op is Op.QUIT:
+                self._acts.append("quit")
+                self._quitting = True
+            elif ask.op is Op.CONSOLE_LOG:
+                self._hand_over(ask.sequence, host.open_console_log(self._grants.name))
+            elif ask.op is Op.READ_CONFIG:
+                self._read_config()
+                self._to_supervisor(Done(ask.sequence, self._known(), ""))
+            else:
+                self._begin(ask.sequence, ask.op, PERMITS[ask.op].deadline_s)
+        except XenvmError as error:
+            self._acts.append("refused", op=ask.op.value, why=error.message[:200])
+            self._to_supervisor(_failed(ask.sequence, error, self._known()))
+
+    def _permit(self, ask: Ask) -> None:
+        permit = PERMITS.get(ask.op)
+        if permit is None or self._phase not in permit.phases:
+            raise XenvmError(f"{ask.op} is not possible while the domain is {self._phase}", code=ExitCode.WRONG_STATE)
+        if not _allow(self._asked[ask.op], permit.per_minute):
+            raise XenvmError(f"{ask.op} was asked for more than {permit.per_minute} times a minute")
+        if self._work and permit.deadline_s:
+            if ask.op is not Op.DESTROY:
+                raise XenvmError(f"the broker is busy with {self._work.op}", code=ExitCode.BUSY)
+            self._cancel("ended by destroy")
+
+    def _cancel(self, why: str) -> None:
+        work = self._work
+        if work is None:
+            return
+        work.builder.end()
+        self._acts.append("cancelled", op=work.op.value, pid=work.builder.pid)
+        self._work = None
+        self._to_supervisor(_failed(work.sequence, XenvmError(f"{work.op}: {why}"), self._known()))
+
+    def _read_config(self) -> None:
+        grants, policy, fields = self._reload()
+        self._grants, self._policy, self._fields = grants, policy, fields
+        self._acts.append("sealed", grants=grants.as_body())
+        self._send_init(first=False)
+
+    def _hand_over(self, sequence: int, descriptor: int) -> None:
+        try:
+            self._to_supervisor(Done(sequence, self._known(), ""), (descriptor,))
+        finally:
+            os.close(descriptor)
+
+    def _known(self) -> Domain:
+        """What the broker knows without asking: enough for an answer about something else."""
+        if self._phase is not VmPhase.BUILT:
+            return NO_DOMAIN
+        return Domain(self._domid, DomainState.RUNNING, Phase.BUILT, -1, 0, 0, 0)
+
+    # Jobs
+
+    def _begin(self, sequence: int, op: Op, deadline_s: float) -> None:
+        images = host.open_images(self._grants) if op in REBUILDING else []
+        try:
+            self._acts.append("job", op=op.value, domid=self._domid)
+            builder, self._spare = self._spare, None
+            if builder is None or builder.ended():
+                builder = Child(Role.BUILDER, self._log, {}, self._grants.uuid)
+            work = _Work(sequence, op, builder, deadline_s)
+            builder.channel.send(Job(op, self._grants.uuid, self._domid, self._grants), images)
+            self._work = work
+        finally:
+            for descriptor in images:
+                os.close(descriptor)
+
+    def _finish(self) -> None:
+        """The builder has answered or is gone: learn from it, tidy up behind it, tell the supervisor."""
+        work = self._work
+        if work is None:
+            return
+        self._work = None
+        work.builder.end()
+        if work.result is None:
+            late = time.monotonic() >= work.end
+            why = f"no answer within {work.deadline_s:g} s" if late else f"its builder {work.builder.how()}"
+            code = ExitCode.TIMED_OUT if late else ExitCode.FAILED
+            message: Message = _failed(work.sequence, XenvmError(f"{work.op}: {why}", code=code), self._known())
+        else:
+            message = work.result[0]
+        self._acts.append("result", op=work.op.value, pid=work.builder.pid, result=type(message).__name__)
+        if isinstance(message, Done):
+            self._learn(message.domain)
+            self._pass_on(work, message)
+            return
+        if isinstance(message, Failed):
+            if work.op in REBUILDING:
+                self._phase, self._domid = VmPhase.ABSENT, -1
+                if work.result is None:  # killed in the middle: what it had half done is removed before anybody hears
+                    self._tidy_up()
+            self._to_supervisor(Failed(work.sequence, message.fault, self._known()))
+
+    def _pass_on(self, work: _Work, done: Done) -> None:
+        if work.op is not Op.CONSOLE:
+            self._to_supervisor(Done(work.sequence, done.domain, ""))
+            return
+        try:
+            self._hand_over(work.sequence, host.open_console(done.text))
+        except XenvmError as error:
+            self._to_supervisor(_failed(work.sequence, error, done.domain))
+
+    def _learn(self, domain: Domain) -> None:
+        if domain.state is DomainState.ABSENT:
+            self._phase, self._domid = VmPhase.ABSENT, -1
+        elif domain.phase is Phase.BUILT:
+            self._phase, self._domid = VmPhase.BUILT, domain.domid
+
+    def _tidy_up(self) -> None:
+        """Run a destroy job to its end; its failure is logged, and the record in xenstore lets the next start retry."""
+        deadline_s = PERMITS[Op.DESTROY].deadline_s
+        builder = Child(Role.BUILDER, self._log, {}, self._grants.uuid)
+        self._acts.append("job", op="destroy", domid=-1, pid=builder.pid)
+        try:
+            builder.channel.send(Job(Op.DESTROY, self._grants.uuid, -1, self._grants))
+            while (received := builder.channel.receive(deadline_s=deadline_s)) is not None:
+                if isinstance(received[0], Done | Failed):
+                    self._acts.append("result", op="destroy", result=type(received[0]).__name__)
+                    return
+        except XenvmError as error:
+            self._acts.append("result", op="destroy", result=error.message[:200])
+        finally:
+            builder.end(grace_ms=2000)
+
+
+def _failed(sequence: int, error: XenvmError, domain: Domain) -> Failed:
+    return Failed(sequence, Fault(int(error.code) or 1, error.message[:4000], error.hint[:1000]), domain)
+
+
+def _allow(times: deque[float], per_minute: int) -> bool:
+    """Count one more event; tell whether the last minute had no more than `per_minute`."""
+    now = time.monotonic()
+    while times and times[0] < now - 60:
+        times.popleft()
+    times.append(now)
+    return len(times) <= per_minute
+
+
+def signal_pipe() -> int:
+    """Turn SIGTERM, SIGINT and SIGHUP into bytes (their numbers) on the returned descriptor."""
+    readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(writable)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+    return readable

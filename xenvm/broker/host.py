@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the broker opens on the host: lock, command socket, logs, and the files that the config grants."""
+
+import fcntl
+import grp
+import os
+import socket
+import stat
+from typing import Final
+
+from xenvm.boundary.messages import ConfigIssue, Grants, Parsed
+from xenvm.errors import BusyError, XenvmError
+
+LOG_DIRECTORY: Final = "/var/log/xenvm"
+CONSOLE_LOG_DIRECTORY: Final = "/var/log/xen/console"
+ALL_GROUP: Final = "xenvm"
+READ_GROUP: Final = "xenvm-read"
+BACKLOG: Final = 64
+
+
+def group_id(name: str) -> int:
+    """Return the gid of a group, -1 when the host has none of that name (then nobody is in it)."""
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        return -1
+
+
+def check_directory(path: str) -> None:
+    """Refuse a socket directory that anybody but root could change."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        raise XenvmError(f"{path} does not exist", hint="run scripts/install-host as root") from None
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0 or status.st_mode & 0o022:
+        raise XenvmError(f"{path} is not a directory that only root can change", hint="chown root, chmod 0755")
+
+
+def take_lock(directory: str, uuid: str) -> int:
+    """Take the lock of `uuid` for as long as the returned descriptor is open; raise BusyError naming its holder."""
+    path = f"{directory}/lock-{uuid}"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 16, 0).decode("ascii", "replace").strip()
+        os.close(descriptor)
+        raise BusyError(
+            f"another monitor (process {holder or 'unknown'}) serves {uuid}", hint=f"see xenvm-cmd {uuid} status"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+    return descriptor
+
+
+def release_lock(directory: str, uuid: str, descriptor: int) -> None:
+    """Remove the lock file while still holding the lock, so that no file of a stopped monitor stays."""
+    os.unlink(f"{directory}/lock-{uuid}")  # noqa: PTH108
+    os.close(descriptor)
+
+
+def listen(directory: str, uuid: str) -> socket.socket:
+    """Make the command socket. Whoever connects is judged by its peer credentials, not by the mode of the file."""
+    path = socket_path(directory, uuid)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    remove(path)
+    listener.bind(path)
+    os.chmod(path, 0o666)  # noqa: PTH101
+    listener.listen(BACKLOG)
+    listener.setblocking(False)
+    return listener
+
+
+def socket_path(directory: str, uuid: str) -> str:
+    """Return the path of the command socket of `uuid`."""
+    return f"{directory}/vm-{uuid}"
+
+
+def remove(path: str) -> None:
+    """Remove a file; one that is not there is fine."""
+    try:
+        os.unlink(path)  # noqa: PTH108
+    except FileNotFoundError:
+        return
+
+
+def open_log(uuid: str, output: str) -> int:
+    """Open the monitor's log for appending: `output` of the config file, else one named by the uuid."""
+    path = output or f"{LOG_DIRECTORY}/{uuid}.log"
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+    try:
+        descriptor = os.open(path, flags, 0o640)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise XenvmError(f"output: {path} is not a regular file")
+    except OSError as error:
+        raise XenvmError(f"cannot open the log {path}: {error.strerror}") from error
+    return descriptor
+
+
+def open_image(path: str) -> int:
+    """Open a granted kernel or initrd for reading; symbolic links are the administrator's to make."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(0, "not a regular file")
+    return descriptor
+
+
+def open_images(grants: Grants) -> list[int]:
+    """Open kernel and, if granted, initrd; raise XenvmError naming the key."""
+    opened: list[int] = []
+    for key, path in (("kernel", grants.kernel), ("initrd", grants.initrd)):
+        if not path:
+            continue
+        try:
+            opened.append(open_image(path))
+        except OSError as error:
+            for descriptor in opened:
+                os.close(descriptor)
+            raise XenvmError(f"{key}: cannot open {path}: {error.strerror}") from error
+    return opened
+
+
+def check_files(parsed: Parsed) -> list[ConfigIssue]:
+    """Report the files of the config that cannot be opened, like every other error in it."""
+    issues = []
+    for key, path in (("kernel", parsed.kernel), ("initrd", parsed.initrd)):
+        if not path:
+            continue
+        try:
+            os.close(open_image(path))
+        except OSError as error:
+            line = parsed.lines.get(key, 0)
+            issues.append(ConfigIssue(line, f"{key} = {path}"[:1024], f"{key}: cannot open it: {error.strerror}", ""))
+    return issues
+
+
+def open_console(path: str) -> int:
+    """Open the terminal of a guest's console, which a helper has named; nothing but a pseudo terminal is accepted."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise XenvmError(f"console: cannot open {path}: {error.strerror}") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISCHR(status.st_mode) or not 136 <= os.major(status.st_rdev) <= 143:  # UNIX98_PTY_SLAVE_MAJOR
+        os.close(descriptor)
+        raise XenvmError(f"console: {path} is not a pseudo terminal")
+    return descriptor
+
+
+def open_console_log(name: str) -> int:
+    """Open what xenconsoled has logged of the guest `name`; raise XenvmError when it keeps no such log."""
+    path = f"{CONSOLE_LOG_DIRECTORY}/guest-{name}.log"
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise XenvmError(
+            f"console: cannot open {path}: {error.strerror}",
+            hint="xenconsoled keeps guest logs only with --log=guest or --log=all",
+        ) from error
+    return descriptor

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The phase table: which request of the supervisor is legal when, how often, and how long it may take. Pure data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Final
+
+from xenvm.boundary.messages import Op
+
+
+class VmPhase(StrEnum):
+    """What the broker knows of its VM, from its own helpers alone."""
+
+    UNKNOWN = "unknown"  # not looked yet, or a helper died over it
+    ABSENT = "absent"
+    BUILT = "built"
+
+
+@dataclass(frozen=True, slots=True)
+class Permit:
+    """One request: the phases it is legal in, how many a minute, and the seconds its helper gets (0: no helper)."""
+
+    phases: frozenset[VmPhase]
+    per_minute: int
+    deadline_s: float
+
+
+_ANY: Final = frozenset(VmPhase)
+_BUILT: Final = frozenset({VmPhase.BUILT})
+_ABSENT: Final = frozenset({VmPhase.ABSENT})
+
+PERMITS: Final[Mapping[Op, Permit]] = MappingProxyType(
+    {
+        Op.FIND: Permit(_ANY, 60, 30),
+        Op.BUILD: Permit(_ABSENT, 30, 600),
+        Op.BUILD_PAUSED: Permit(_ABSENT, 30, 600),
+        Op.REBUILD: Permit(_BUILT, 60, 720),
+        Op.QUERY: Permit(_BUILT, 600, 30),
+        Op.PAUSE: Permit(_BUILT, 600, 30),
+        Op.UNPAUSE: Permit(_BUILT, 600, 30),
+        Op.RESUME: Permit(_BUILT, 60, 30),
+        Op.ASK_POWEROFF: Permit(_BUILT, 120, 30),
+        Op.ASK_REBOOT: Permit(_BUILT, 120, 30),
+        Op.WITHDRAW: Permit(_BUILT, 120, 30),
+        Op.FORCE_POWEROFF: Permit(_BUILT, 120, 30),
+        Op.DESTROY: Permit(_ANY, 120, 180),
+        Op.CONSOLE: Permit(_BUILT, 120, 30),
+        Op.CONSOLE_LOG: Permit(_ANY, 120, 0),
+        Op.READ_CONFIG: Permit(_ANY, 30, 0),
+        Op.STARTED: Permit(_ANY, 10, 0),
+        Op.QUIT: Permit(_ANY, 10, 0),
+    }
+)
+"""START and START_PAUSED are not here: the broker begins those by itself, once."""
+
+START_DEADLINE_S: Final = 720.0
+REBUILDING: Final = frozenset({Op.START, Op.START_PAUSED, Op.BUILD, Op.BUILD_PAUSED, Op.REBUILD})
+"""What needs the kernel, and what leaves half a domain behind when its helper dies."""

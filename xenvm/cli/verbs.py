@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The commands xenvm-cmd knows by name: the one table behind its help and its manual page.
+
+A monitor may know more, and other names for these; xenvm-cmd passes on what it does not find here.
+"""
+
+
+class Verb:
+    """One command: its arguments as written in the help, and the parameter that a single bare word stands for."""
+
+    __slots__ = ("arguments", "bare", "name", "summary")
+
+    def __init__(self, name: str, arguments: str, summary: str, *, bare: str = "") -> None:
+        self.name = name
+        self.arguments = arguments
+        self.summary = summary
+        self.bare = bare
+
+    @property
+    def usage(self) -> str:
+        """The command as one types it."""
+        return f"{self.name} {self.arguments}".rstrip()
+
+
+VERBS = (
+    Verb("help", "", "print this table; needs no monitor"),
+    Verb("list", "", "print one line for each monitor; takes no UUID"),
+    Verb("start", "[paused=true]", "build the domain and run it, or leave it paused"),
+    Verb("pause", "", "stop the virtual CPUs"),
+    Verb("unpause", "", "let the virtual CPUs run again"),
+    Verb("shutdown", "[timeout=S] [force=true]", "ask the guest to power off; force ends it at once, or after timeout"),
+    Verb("restart", "[timeout=S] [force=true]", "ask the guest to reboot; force as with shutdown"),
+    Verb("destroy", "", "end the domain at once, as if its power were cut"),
+    Verb("quit", "", "end the monitor and leave the domain as it is"),
+    Verb("status", "", "print the state; exit status 3 when the VM does not run"),
+    Verb("domid", "", "print the domain's present number, which a reboot changes"),
+    Verb("get", "FIELD", "print one field of the VM", bare="field"),
+    Verb("read-config", "", "read the config file of the VM again"),
+    Verb("events", "", "print each event as one JSON object a line, until the monitor ends"),
+    Verb("wait", "STATE [timeout=S]", "return when the VM reaches the state", bare="state"),
+    Verb(
+        "console", "[--log]", "connect to the guest's console, Ctrl-] leaves; with --log, print what was logged of it"
+    ),
+)
+
+BARE_WORD = {verb.name: verb.bare for verb in VERBS if verb.bare}
+
+
+def manual() -> str:
+    """Return the command table of the manual page, in Markdown."""
+    rows = [f"| `{verb.usage}` | {verb.summary} |" for verb in VERBS]
+    return "\n".join(["| Command | What it does |", "|---|---|", *rows]) + "\n"

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The program `xenvm`: start the monitor of one VM, or check its config file.
+
+Run by root it only opens the config file and starts the broker; a process without privilege reads the file.
+"""
+
+import os
+import socket
+import sys
+from typing import Final
+
+from xenvm.boundary.frames import Channel
+from xenvm.boundary.messages import ConfigIssue, Outcome, Parsed
+from xenvm.boundary.privileges import Role
+from xenvm.boundary.spawn import command, spawn
+from xenvm.errors import ExitCode, ProtocolError, TimeoutExpiredError, UsageError, XenvmError
+
+USAGE: Final = """\
+usage: xenvm [--foreground] FILE       start the monitor of the VM that FILE describes
+       xenvm --check FILE              tell whether FILE is fine; start nothing
+       xenvm --help | --version
+
+xenvm goes to the background once the guest has reached its startup state, and prints its uuid. With --foreground it
+stays, for a service manager. Exit status: 0 done, 1 failed, 2 usage, 6 config refused, 7 timed out, 9 the VM has a
+monitor already. FILE is described in xenvm.cfg(5); xenvm-cmd(1) commands the monitor.
+"""
+START_WAIT_S: Final = 1800.0  # every step of a start has a shorter deadline of its own
+PARSE_WAIT_S: Final = 30.0
+STATUS, CONFIG = 3, 4
+DEFAULT_DIRECTORY: Final = "/run/xenvm"
+
+
+def main() -> int:
+    """Run the program; return its exit status."""
+    try:
+        return _run(sys.argv[1:])
+    except XenvmError as error:
+        sys.stderr.write(f"xenvm: {error.message}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
+        return int(error.code)
+
+
+def _run(words: list[str]) -> int:
+    options = [word for word in words if word.startswith("-")]
+    files = [word for word in words if not word.startswith("-")]
+    if options == ["--help"] and not files:
+        sys.stdout.write(USAGE)
+        return 0
+    if options == ["--version"] and not files:
+        from xenvm import __version__  # noqa: PLC0415 - not needed to start a guest
+
+        sys.stdout.write(f"xenvm {__version__}\n")
+        return 0
+    if len(files) != 1 or options not in ([], ["--check"], ["--foreground"]):
+        raise UsageError("one config file is needed, and at most one option", hint="xenvm --help")
+    path = os.path.abspath(files[0])  # noqa: PTH100 - pathlib costs 5 ms
+    try:
+        config = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError as error:
+        raise XenvmError(f"{path}: {error.strerror}", code=ExitCode.CONFIG_REFUSED) from error
+    if options == ["--check"]:
+        return _check(path, config)
+    if os.geteuid() != 0:
+        raise XenvmError("starting a guest needs root", hint="sudo xenvm FILE", code=ExitCode.PERMISSION_REFUSED)
+    return _start(path, config, foreground=options == ["--foreground"])
+
+
+def _start(path: str, config: int, *, foreground: bool) -> int:
+    directory = os.environ.get("XENVM_SOCKET_DIR", DEFAULT_DIRECTORY)
+    if foreground:
+        os.dup2(config, CONFIG)
+        notify = os.environ.get("NOTIFY_SOCKET", "")
+        argv = command(Role.BROKER, path, directory, "foreground", notify)
+        os.execve(argv[0], argv, {})  # noqa: S606 - a fixed list, no shell
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        inherited = {0: os.open("/dev/null", os.O_RDWR), 1: 2, 2: 2, STATUS: theirs.fileno(), CONFIG: config}
+        spawn(Role.BROKER, inherited, path, directory, "background", "", new_session=True)
+    received = Channel(ours).receive(deadline_s=START_WAIT_S)
+    if received is None:
+        raise XenvmError("the monitor ended without a word", hint="its log is in /var/log/xenvm")
+    outcome = received[0]
+    if not isinstance(outcome, Outcome):
+        raise ProtocolError("the monitor answered with something else")
+    if outcome.code:
+        sys.stderr.write(outcome.text + "\n")
+    else:
+        sys.stdout.write(f"{outcome.uuid}\n" + (f"{outcome.text}\n" if outcome.text else ""))
+    return outcome.code
+
+
+def _check(path: str, config: int) -> int:
+    """Have the file parsed as for a start, and look whether the files it names can be opened."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        pid = spawn(Role.PARSER, {0: config, 1: 2, 2: 2, STATUS: theirs.fileno(), CONFIG: config}, path)
+    channel = Channel(ours)
+    try:
+        while (received := channel.receive(deadline_s=PARSE_WAIT_S)) is not None:
+            if isinstance(received[0], Parsed):
+                return _report(path, received[0])
+    except TimeoutExpiredError:
+        os.kill(pid, 9)
+        raise
+    finally:
+        os.waitpid(pid, 0)
+    raise XenvmError(f"{path}: the parser ended without an answer")
+
+
+def _report(path: str, parsed: Parsed) -> int:
+    issues = [*parsed.issues]
+    for key, image in (("kernel", parsed.kernel), ("initrd", parsed.initrd)):
+        if image and not os.access(image, os.R_OK):
+            text = f"{key} = {image}"[:1000]
+            issues.append(ConfigIssue(parsed.lines.get(key, 0), text, f"{key}: cannot read {image[:500]}", ""))
+    for issue in sorted(issues, key=lambda issue: issue.line):
+        sys.stderr.write(issue.show(path) + "\n")
+    if issues:
+        return int(ExitCode.CONFIG_REFUSED)
+    sys.stdout.write(f"{path}: fine\n")
+    return 0

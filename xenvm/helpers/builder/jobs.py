@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The builder's jobs: each does one thing to one domain and returns a fresh look at it.
+
+Every job names the domain by uuid; a domid from an earlier look is used only while Xen still says that it carries
+that uuid. A domain with our uuid but without our xenstore record was made by another tool and is never touched.
+"""
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Final
+
+from xenvm.boundary.messages import NO_DOMAIN, Domain, DomainState, Grants, Job, Op, Phase
+from xenvm.errors import BusyError, ExitCode, TimeoutExpiredError, WrongStateError, XenvmError
+from xenvm.helpers.builder import pv, tree
+from xenvm.helpers.builder.xen import SHUTDOWN_SUSPEND, Hypervisor
+from xenvm.helpers.store import Store
+
+MAXMEM_SLACK_KIB: Final = 1024  # room for the start-of-day pages above the target, as xl gives
+VCPU_OVERHEAD_PAGES: Final = 256  # with the page per MiB and the 1 MiB below: what xl counts for a PV guest
+GRANULE_KIB: Final = 2048
+SCRUB_WAIT_S: Final = 30.0
+DESTROY_WAIT_S: Final = 60.0
+CONSOLE_WAIT_S: Final = 10.0
+TTY: Final = re.compile(rb"/dev/pts/[0-9]{1,6}")
+SHUTDOWN_WORDS: Final = MappingProxyType({Op.ASK_POWEROFF: "poweroff", Op.ASK_REBOOT: "reboot"})
+
+
+class Builder:
+    """The open connections of one builder process, and its jobs."""
+
+    def __init__(self, xen: Hypervisor, store: Store, progress: Callable[[str], None]) -> None:
+        self._xen = xen
+        self._store = store
+        self._progress = progress
+
+    def run(self, job: Job, images: list[int]) -> tuple[Domain, str]:
+        """Do the job; return the domain as it is then, and the text that only CONSOLE has."""
+        if job.op is Op.FIND:
+            return self._find(job.uuid), ""
+        if job.op in (Op.START, Op.START_PAUSED):
+            found = self._find(job.uuid)
+            return (found if found.domid > 0 else self._build(job, images)), ""
+        if job.op in (Op.BUILD, Op.BUILD_PAUSED, Op.REBUILD):
+            return self._build(job, images), ""
+        if job.op is Op.DESTROY:
+            self._destroy(job.uuid)
+            return NO_DOMAIN, ""
+        if job.op is Op.QUERY:
+            return self._look(job), ""
+        if job.op is Op.CONSOLE:
+            return self._ours(job), self._console(job.domid)
+        self._ACTIONS[job.op](self, self._ours(job), job)
+        return self._look(job), ""
+
+    # Looking
+
+    def _look(self, job: Job) -> Domain:
+        domain = self._xen.look(job.domid, job.uuid) if job.domid > 0 else None
+        return replace(domain, phase=Phase.BUILT) if domain else NO_DOMAIN
+
+    def _ours(self, job: Job) -> Domain:
+        domain = self._look(job)
+        if domain.state in (DomainState.ABSENT, DomainState.DYING):
+            raise WrongStateError(f"domain {job.domid} is gone")
+        return domain
+
+    def _find(self, uuid: str) -> Domain:
+        """Return the VM's domain, or NO_DOMAIN; what an interrupted build or destroy left behind is removed first."""
+        recorded, phase = tree.read_record(self._store, uuid)
+        domains = self._xen.find(uuid)
+        if not domains and phase is Phase.NONE:
+            return NO_DOMAIN
+        if domains and (phase is Phase.NONE or (phase is Phase.BUILT and domains[0].domid != recorded)):
+            raise BusyError(
+                f"domain {domains[0].domid} has the uuid {uuid} but was not built by xenvm: left alone",
+                hint="end it with the tool that made it, or give this VM another uuid",
+            )
+        if len(domains) == 1 and phase is Phase.BUILT and domains[0].state is not DomainState.DYING:
+            return replace(domains[0], phase=phase)
+        self._progress("removing what an earlier monitor left")
+        self._destroy(uuid)
+        return NO_DOMAIN
+
+    # Building
+
+    def _build(self, job: Job, images: list[int]) -> Domain:
+        grants = job.grants
+        if job.op is Op.REBUILD:
+            self._progress("destroying the old domain")
+            self._destroy(job.uuid)
+        elif self._xen.find(job.uuid):
+            raise WrongStateError(f"a domain with uuid {job.uuid} exists already", hint="destroy it first")
+        if grants.check_memory:
+            self._progress("checking memory")
+            self._check_memory(grants)
+        tree.write_record(self._store, job.uuid, -1, Phase.BUILDING)
+        try:
+            domid = self._assemble(job, images)
+            if job.op not in (Op.BUILD_PAUSED, Op.START_PAUSED):
+                self._xen.unpause(domid)
+        except BaseException:
+            self._destroy(job.uuid)
+            raise
+        domain = self._xen.look(domid, job.uuid)
+        return replace(domain, phase=Phase.BUILT) if domain else NO_DOMAIN
+
+    def _assemble(self, job: Job, images: list[int]) -> int:
+        grants, xen, store = job.grants, self._xen, self._store
+        memory_kib, max_kib = grants.memory_mib * 1024, grants.memory_max_mib * 1024
+        self._progress("creating the domain")
+        domid = xen.create_pv(job.uuid, grants.vcpus)
+        tree.write_record(store, job.uuid, domid, Phase.BUILDING)
+        tree.write_skeleton(store, domid, job.uuid, grants.name)
+        xen.prepare_pv(domid, grants.vcpus, memory_kib=memory_kib + MAXMEM_SLACK_KIB, map_kib=max_kib)
+        xen.apply_cpuid(domid, grants.cpuid)
+        xen.pin(domid, grants.affinity)
+        store_domid, console_domid = self._daemon("xenstored"), self._daemon("xenconsoled")
+        channels = pv.Channels(
+            store_port=xen.event_channel(domid, store_domid, "xenstore"),
+            store_domid=store_domid,
+            console_port=xen.event_channel(domid, console_domid, "console"),
+            console_domid=console_domid,
+        )
+        self._progress("loading the kernel")
+        rings = pv.load(
+            xen,
+            domid,
+            kernel=images[0],
+            initrd=images[1] if len(images) > 1 else None,
+            cmdline=grants.cmdline,
+            memory_mib=grants.memory_mib,
+            vcpus=grants.vcpus,
+            channels=channels,
+        )
+        self._progress("publishing the domain")
+        tree.write_built(
+            store,
+            domid,
+            memory_kib=memory_kib,
+            max_kib=max_kib,
+            vcpus=grants.vcpus,
+            rings=rings,
+            channels=channels,
+        )
+        store.introduce(domid, rings.store_frame, channels.store_port)
+        tree.write_record(store, job.uuid, domid, Phase.BUILT)
+        return domid
+
+    def _check_memory(self, grants: Grants) -> None:
+        max_kib = grants.memory_max_mib * 1024
+        overhead_kib = 4 * (VCPU_OVERHEAD_PAGES * grants.vcpus + max_kib // 1024) + MAXMEM_SLACK_KIB
+        need_kib = -(-(grants.memory_mib * 1024 + overhead_kib) // GRANULE_KIB) * GRANULE_KIB
+        end = time.monotonic() + SCRUB_WAIT_S
+        while True:
+            host = self._xen.memory()
+            if host.free_kib >= need_kib:
+                return
+            if not host.scrubbing_kib or time.monotonic() >= end:
+                raise XenvmError(
+                    f"memory: the guest needs {need_kib // 1024} MiB ({grants.memory_mib} MiB and the hypervisor's "
+                    f"share), {host.free_kib // 1024} MiB are free",
+                    hint="stop another guest, lower `memory`, or give dom0 less (dom0_mem)",
+                )
+            time.sleep(0.2)
+
+    def _daemon(self, name: str) -> int:
+        """Return the domain a daemon runs in: dom0 unless the host has a stub domain for it."""
+        value = self._store.read(f"/tool/{name}/domid")
+        return int(value) if value is not None and value.isdigit() else 0
+
+    # Ending
+
+    def _destroy(self, uuid: str) -> None:
+        """Remove the domain of `uuid` and all its nodes; right at any moment, and twice."""
+        recorded, phase = tree.read_record(self._store, uuid)
+        domains = self._xen.find(uuid)
+        if domains and phase is Phase.NONE:
+            raise WrongStateError(
+                f"domain {domains[0].domid} has this uuid but was not built by xenvm: left alone",
+                hint="destroy it with the tool that made it",
+            )
+        for domain in domains:
+            if domain.state is DomainState.RUNNING:
+                self._xen.pause(domain.domid)
+            tree.remove_domain(self._store, domain.domid)
+            self._xen.destroy(domain.domid)
+            self._await_end(domain.domid, uuid)
+        if recorded > 0 and recorded not in [domain.domid for domain in domains] and not self._xen.exists(recorded):
+            tree.remove_domain(self._store, recorded)
+        tree.remove_vm(self._store, uuid)
+
+    def _await_end(self, domid: int, uuid: str) -> None:
+        end = time.monotonic() + DESTROY_WAIT_S
+        while self._xen.look(domid, uuid) is not None:
+            if time.monotonic() >= end:
+                raise TimeoutExpiredError(
+                    f"domain {domid} is still dying after {DESTROY_WAIT_S:g} s",
+                    hint="a process still maps its memory (a backend or a device model); `xl list` shows it as dying",
+                )
+            time.sleep(0.02)
+
+    # The rest
+
+    def _pause(self, domain: Domain, _job: Job) -> None:
+        if domain.state is not DomainState.PAUSED:  # Xen counts pauses
+            self._xen.pause(domain.domid)
+
+    def _unpause(self, domain: Domain, _job: Job) -> None:
+        if domain.state is DomainState.PAUSED:
+            self._xen.unpause(domain.domid)
+
+    def _resume(self, domain: Domain, _job: Job) -> None:
+        self._withdraw(domain, _job)
+        if domain.state is DomainState.SHUTDOWN and domain.reason == SHUTDOWN_SUSPEND:
+            self._xen.resume(domain.domid)
+            self._store.resume(domain.domid)
+
+    def _ask(self, domain: Domain, job: Job) -> None:
+        self._store.write(f"{tree.domain_path(domain.domid)}/control/shutdown", SHUTDOWN_WORDS[job.op])
+
+    def _withdraw(self, domain: Domain, _job: Job) -> None:
+        """Take a request back that the guest has not acknowledged, else it would obey at some later time."""
+        path = f"{tree.domain_path(domain.domid)}/control/shutdown"
+
+        def steps() -> None:
+            untrusted_value = self._store.read(path)
+            if untrusted_value:
+                self._store.write(path, "")
+
+        self._store.transaction(steps)
+
+    def _power_off(self, domain: Domain, _job: Job) -> None:
+        if domain.state is not DomainState.SHUTDOWN:
+            self._xen.power_off(domain.domid)
+
+    def _console(self, domid: int) -> str:
+        """Return the terminal that xenconsoled serves the guest's console on."""
+        path = f"{tree.domain_path(domid)}/console/tty"
+        end = time.monotonic() + CONSOLE_WAIT_S
+        while not (untrusted_tty := self._store.read(path)):
+            if time.monotonic() >= end:
+                raise TimeoutExpiredError(
+                    f"console: xenconsoled did not offer a terminal within {CONSOLE_WAIT_S:g} s (node {path})",
+                    hint="is xenconsoled running?",
+                )
+            time.sleep(0.05)
+        if not TTY.fullmatch(untrusted_tty):
+            raise XenvmError("console: the node tty is not a terminal", code=ExitCode.FAILED)
+        return untrusted_tty.decode("ascii")
+
+    _ACTIONS: Final[Mapping[Op, Callable[["Builder", Domain, Job], None]]] = MappingProxyType(
+        {
+            Op.PAUSE: _pause,
+            Op.UNPAUSE: _unpause,
+            Op.RESUME: _resume,
+            Op.ASK_POWEROFF: _ask,
+            Op.ASK_REBOOT: _ask,
+            Op.WITHDRAW: _withdraw,
+            Op.FORCE_POWEROFF: _power_off,
+        }
+    )

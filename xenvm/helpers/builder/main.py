@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The builder process: the only one that ever holds the hypervisor. It serves one request and ends.
+
+1. open the hypercall devices and the xenstore socket (as root);
+2. become user xenvm-build, without capabilities, files, sockets or new programs;
+3. read one Job, do it, answer, exit.
+"""
+
+from xenvm.boundary.frames import Channel
+from xenvm.boundary.messages import NO_DOMAIN, Done, Failed, Fault, Job, Progress
+from xenvm.boundary.privileges import Role
+from xenvm.errors import ExitCode, ProtocolError, XenvmError
+from xenvm.helpers import serve, store
+
+REQUEST_WAIT_S = 3600.0  # a builder may be started before it is needed; it ends with its broker
+
+
+def main() -> int:
+    """Run one builder; return its exit status."""
+    channel = serve.broker_channel()
+    try:
+        # Here and not above: without the libraries of this Xen release the import itself is the error to report.
+        from xenvm.helpers.builder.jobs import Builder  # noqa: PLC0415
+        from xenvm.helpers.builder.xen import Hypervisor  # noqa: PLC0415
+
+        xen = Hypervisor()
+        connection = store.connect()
+        hello = serve.drop(Role.BUILDER, xen.descriptors | {connection.fileno()})
+        channel.send(hello)
+    except XenvmError as error:
+        return _fail(channel, error)
+    received = channel.receive(deadline_s=REQUEST_WAIT_S)
+    if received is None:
+        return 0
+    job, images = received
+    if not isinstance(job, Job):
+        raise ProtocolError("a builder answers jobs only")
+    builder = Builder(xen, store.Store(connection), lambda step: channel.send(Progress(0, step)))
+    try:
+        domain, text = builder.run(job, images)
+    except XenvmError as error:
+        return _fail(channel, error)
+    channel.send(Done(0, domain, text))
+    return 0
+
+
+def _fail(channel: Channel, error: XenvmError) -> int:
+    fault = Fault(int(error.code), error.message[:4000], error.hint[:1000])
+    channel.send(Failed(0, fault, NO_DOMAIN))
+    return int(ExitCode.FAILED)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The libxenguest part of a PV build: kernel and initrd from descriptors into an empty domain."""
+
+import mmap
+import os
+from dataclasses import dataclass
+from typing import Any, Final
+
+from xenvm._xen import ffi, lib
+from xenvm.helpers.builder.xen import Hypervisor, HypervisorError
+
+IMAGE_LIMIT_BYTES: Final = 1 << 30  # also libxenguest's own default for what a kernel may unpack to
+
+
+@dataclass(frozen=True, slots=True)
+class Rings:
+    """Machine frames of the two start-of-day rings."""
+
+    store_frame: int
+    console_frame: int
+
+
+@dataclass(frozen=True, slots=True)
+class Channels:
+    """Event channel ports of the guest, and the domains whose daemons they are for."""
+
+    store_port: int
+    store_domid: int
+    console_port: int
+    console_domid: int
+
+
+def load(
+    xen: Hypervisor,
+    domid: int,
+    *,
+    kernel: int,
+    initrd: int | None,
+    cmdline: str,
+    memory_mib: int,
+    vcpus: int,
+    channels: Channels,
+) -> Rings:
+    """Build the guest in `domid` from the descriptors `kernel` and `initrd`; raise HypervisorError with the reason."""
+    images = [_map(kernel, "kernel")]
+    if initrd is not None:
+        images.append(_map(initrd, "initrd"))
+    lib.xenvm_clear_error()
+    dom = lib.xc_dom_allocate(xen.handle, cmdline.encode("utf-8"), ffi.NULL)
+    if dom == ffi.NULL:
+        raise HypervisorError(f"starting the domain builder: {xen.reason(ffi.errno)}")
+    try:
+        return _build(xen, dom, domid, images, memory_mib, vcpus, channels)
+    finally:
+        lib.xc_dom_release(dom)
+
+
+def _build(
+    xen: Hypervisor, dom: Any, domid: int, images: list[Any], memory_mib: int, vcpus: int, channels: Channels
+) -> Rings:
+    def step(result: int, what: str) -> None:
+        xen.check(result, what)
+
+    dom.container_type = lib.XC_DOM_PV_CONTAINER
+    step(lib.xc_dom_kernel_max_size(dom, IMAGE_LIMIT_BYTES), "limiting the kernel size")
+    step(lib.xc_dom_module_max_size(dom, IMAGE_LIMIT_BYTES), "limiting the initrd size")
+    step(lib.xc_dom_kernel_mem(dom, images[0], len(images[0])), "reading the kernel")
+    for image in images[1:]:
+        step(lib.xc_dom_module_mem(dom, image, len(image), ffi.NULL), "reading the initrd")
+    dom.flags = 0
+    dom.console_evtchn = channels.console_port
+    dom.console_domid = channels.console_domid
+    dom.xenstore_evtchn = channels.store_port
+    dom.xenstore_domid = channels.store_domid
+    dom.claim_enabled = 0
+    dom.max_vcpus = vcpus
+    step(lib.xc_dom_boot_xen_init(dom, xen.handle, domid), "reading the hypervisor's abilities")
+    step(lib.xc_dom_parse_image(dom), "reading the kernel image")
+    guest_type = ffi.string(dom.guest_type).decode("ascii", "replace")
+    if guest_type != "xen-3.0-x86_64":
+        raise HypervisorError(
+            f"the kernel is a {guest_type} image", hint="a PV guest here needs a 64-bit kernel with CONFIG_XEN_PV"
+        )
+    step(lib.xc_dom_mem_init(dom, memory_mib), "laying out the memory")
+    step(lib.xc_dom_boot_mem_init(dom), f"allocating {memory_mib} MiB of memory")
+    step(lib.xc_dom_build_image(dom), "loading the kernel")
+    step(lib.xc_dom_boot_image(dom), "preparing the first vcpu")
+    step(lib.xc_dom_gnttab_init(dom), "preparing the grant table")
+    return Rings(
+        store_frame=lib.xc_dom_p2m(dom, dom.xenstore_pfn), console_frame=lib.xc_dom_p2m(dom, dom.console_pfn)
+    )
+
+
+def _map(descriptor: int, what: str) -> Any:
+    """Map a file for reading; cffi keeps the mapping alive with the buffer."""
+    size = os.fstat(descriptor).st_size
+    if not 0 < size <= IMAGE_LIMIT_BYTES:
+        raise HypervisorError(f"the {what} has {size} bytes", hint=f"from 1 to {IMAGE_LIMIT_BYTES} are accepted")
+    return ffi.from_buffer(mmap.mmap(descriptor, size, mmap.MAP_PRIVATE, mmap.PROT_READ))

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The xenstore nodes of a domain, with their permissions, and our own dom0-only record of it.
+
+Owner and readers are written as xenstore does: `n0` is dom0 alone, `n0,r7` lets domain 7 read, `n7` gives domain 7
+the node. Everything that matters for tearing down is in the record, never in a node that a guest may write.
+"""
+
+from typing import Final
+
+from xenvm.boundary.messages import Phase
+from xenvm.helpers.builder.pv import Channels, Rings
+from xenvm.helpers.store import Store, remove_all
+
+RECORDS: Final = "/xenvm"
+GUEST_OWNED: Final = (  # what a PV guest may write, all below its own directory
+    "device/suspend/event-channel",
+    "control/shutdown",
+    "control/feature-poweroff",
+    "control/feature-reboot",
+    "control/feature-suspend",
+    "control/sysrq",
+    "data",
+    "drivers",
+    "feature",
+    "attr",
+    "error",
+)
+GUEST_READABLE: Final = ("cpu", "memory", "device", "control")
+PLATFORM_FEATURES: Final = ("platform-feature-multiprocessor-suspend", "platform-feature-xs_reset_watches")
+CONSOLE_LIMIT_BYTES: Final = 1048576  # how much xenconsoled buffers for a guest nobody reads
+
+
+def domain_path(domid: int) -> str:
+    """Return the domain's own directory."""
+    return f"/local/domain/{domid}"
+
+
+def record_path(uuid: str) -> str:
+    """Return our record of a VM, readable and writable by dom0 alone."""
+    return f"{RECORDS}/{uuid}"
+
+
+def write_record(store: Store, uuid: str, domid: int, phase: Phase) -> None:
+    """Note what we are about to do (BUILDING) or have done (BUILT) for `uuid`."""
+
+    def steps() -> None:
+        path = record_path(uuid)
+        store.make(path)
+        store.permissions(path, "n0")
+        store.write(f"{path}/domid", str(domid))
+        store.write(f"{path}/phase", phase.value)
+
+    store.transaction(steps)
+
+
+def read_record(store: Store, uuid: str) -> tuple[int, Phase]:
+    """Return domid and phase of the record; (-1, NONE) without one. A record we cannot read counts as BUILDING."""
+    domid = store.read(f"{record_path(uuid)}/domid")
+    phase = store.read(f"{record_path(uuid)}/phase")
+    if domid is None or phase is None:
+        return -1, Phase.NONE
+    try:
+        return int(domid), Phase(phase.decode("ascii"))
+    except ValueError:
+        return -1, Phase.BUILDING
+
+
+def write_skeleton(store: Store, domid: int, uuid: str, name: str) -> None:
+    """Make the domain's directories, empty of everything an earlier domain of this id may have left."""
+    home, vm = domain_path(domid), f"/vm/{uuid}"
+    readable, owned = ("n0", f"r{domid}"), (f"n{domid}",)
+
+    def steps() -> None:
+        for path in (home, vm):
+            store.remove(path)
+            store.make(path)
+            store.permissions(path, *readable)
+        store.write(f"{home}/vm", vm)
+        store.write(f"{home}/name", name)
+        for node in GUEST_READABLE:
+            store.make(f"{home}/{node}")
+            store.permissions(f"{home}/{node}", *readable)
+        for node in GUEST_OWNED:
+            store.write(f"{home}/{node}", "")
+            store.permissions(f"{home}/{node}", *owned)
+        for node in PLATFORM_FEATURES:
+            store.write(f"{home}/control/{node}", "1")
+        store.write(f"{vm}/uuid", uuid)
+        store.write(f"{vm}/name", name)
+
+    store.transaction(steps)
+
+
+def write_built(
+    store: Store, domid: int, *, memory_kib: int, max_kib: int, vcpus: int, rings: Rings, channels: Channels
+) -> None:
+    """Publish what the guest needs to boot: memory, ports, ring frames, vcpus and its console."""
+    home = domain_path(domid)
+    readable, owned = ("n0", f"r{domid}"), (f"n{domid}", "r0")
+
+    def steps() -> None:
+        for node, value in (
+            ("memory/static-max", max_kib),
+            ("memory/target", memory_kib),
+            ("memory/videoram", 0),
+            ("domid", domid),
+            ("store/port", channels.store_port),
+            ("store/ring-ref", rings.store_frame),
+        ):
+            store.write(f"{home}/{node}", str(value))
+        for vcpu in range(vcpus):
+            store.write(f"{home}/cpu/{vcpu}/availability", "online")
+        back = f"/local/domain/0/backend/console/{domid}/0"
+        store.remove(back)
+        store.make(back)
+        store.permissions(back, *readable)
+        for node, value in (
+            ("frontend", f"{home}/console"),
+            ("frontend-id", domid),
+            ("online", 1),
+            ("state", 1),
+            ("protocol", "vt100"),
+        ):
+            store.write(f"{back}/{node}", str(value))
+        console = f"{home}/console"
+        store.make(console)
+        store.permissions(console, *readable)
+        for node, value, who in (
+            ("backend", back, readable),
+            ("backend-id", 0, owned),
+            ("limit", CONSOLE_LIMIT_BYTES, readable),
+            ("type", "xenconsoled", readable),
+            ("output", "pty", readable),
+            ("tty", "", readable),
+            ("port", channels.console_port, readable),
+            ("ring-ref", rings.console_frame, readable),
+        ):
+            store.write(f"{console}/{node}", str(value))
+            store.permissions(f"{console}/{node}", *who)
+
+    store.transaction(steps)
+
+
+def remove_domain(store: Store, domid: int) -> None:
+    """Remove every node we made for `domid`; also right when some or all are gone."""
+    remove_all(
+        store,
+        (
+            domain_path(domid),
+            f"/local/domain/0/backend/console/{domid}",
+            f"/local/domain/0/error/backend/console/{domid}",
+        ),
+    )
+
+
+def remove_vm(store: Store, uuid: str) -> None:
+    """Remove the nodes that belong to the uuid, the record last."""
+    remove_all(store, (f"/vm/{uuid}", record_path(uuid)))

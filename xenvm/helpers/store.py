@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""xenstore for the one-shot helpers: the pyxs client on a socket opened before the drop, with deadlines and bounds.
+
+pyxs by itself starts a thread, waits for ever when xenstored is silent, and allocates whatever length a header claims.
+Its Client takes the object that carries packets as an argument; the Router here is that object: one request, one
+answer, in the calling thread, within a deadline.
+"""
+
+import errno
+import socket
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from pyxs import Client, PyXSError
+from pyxs._internal import NUL, Op, Packet, next_rq_id
+
+from xenvm.errors import TimeoutExpiredError, XenvmError
+
+PAYLOAD_LIMIT_BYTES: Final = 4096  # XENSTORE_PAYLOAD_MAX, xen/io/xs_wire.h
+SOCKET_PATHS: Final = ("/run/xenstored/socket", "/var/run/xenstored/socket")
+TRANSACTION_TRIES: Final = 32
+
+
+class StoreError(XenvmError):
+    """xenstored refused or cannot be reached."""
+
+
+def connect() -> socket.socket:
+    """Connect to xenstored (needs root). Raise StoreError when no daemon listens."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(10.0)
+    for path in SOCKET_PATHS:
+        try:
+            connection.connect(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise StoreError(f"cannot connect to xenstored at {path}: {error.strerror}") from error
+        return connection
+    raise StoreError(
+        f"cannot connect to xenstored: no socket at {SOCKET_PATHS[0]}", hint="is this a Xen host, and is xenstored up?"
+    )
+
+
+class _Answer:
+    """What Client waits for: the answer to one packet."""
+
+    def __init__(self, router: "Router", sent: Packet) -> None:
+        self._router = router
+        self._sent = sent
+
+    def get(self) -> Packet:
+        return self._router.answer_to(self._sent)
+
+
+class Router:
+    """Carries pyxs packets over one socket, without a thread, each answer within `deadline_s` seconds."""
+
+    is_connected = True
+
+    def __init__(self, connection: socket.socket, deadline_s: float = 10.0) -> None:
+        self._socket = connection
+        self._deadline_s = deadline_s
+
+    def start(self) -> None:
+        """Do nothing: the socket is connected already."""
+
+    def terminate(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+    def send(self, packet: Packet) -> _Answer:
+        """Send one packet and return what its answer can be fetched from."""
+        header = Packet._struct.pack(packet.op, packet.rq_id, packet.tx_id, packet.size)  # noqa: SLF001
+        self._socket.settimeout(self._deadline_s)
+        try:
+            self._socket.sendall(header + packet.payload)
+        except OSError as error:
+            raise StoreError(f"xenstored is gone: {error}") from error
+        return _Answer(self, packet)
+
+    def answer_to(self, sent: Packet) -> Packet:
+        """Return the answer to `sent`; anything else that arrives on this connection is a StoreError."""
+        end = time.monotonic() + self._deadline_s
+        layout = Packet._struct  # noqa: SLF001
+        op, request, transaction, size = layout.unpack(self._read(layout.size, end))
+        if size > PAYLOAD_LIMIT_BYTES:
+            raise StoreError(f"xenstored claims {size} bytes, the protocol allows {PAYLOAD_LIMIT_BYTES}")
+        payload = self._read(size, end)
+        if request != sent.rq_id:
+            raise StoreError("xenstored answered another request")
+        return Packet(op, payload, request, transaction)
+
+    def _read(self, size: int, end: float) -> bytes:
+        got = bytearray()
+        while len(got) < size:
+            left_s = end - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutExpiredError(f"xenstored did not answer within {self._deadline_s:g} s")
+            self._socket.settimeout(left_s)
+            try:
+                piece = self._socket.recv(size - len(got))
+            except TimeoutError:
+                continue
+            except OSError as error:
+                raise StoreError(f"xenstored is gone: {error}") from error
+            if not piece:
+                raise StoreError("xenstored closed the connection")
+            got += piece
+        return bytes(got)
+
+
+class Store:
+    """Text values by path. `None` from read means that the node does not exist."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._router = Router(connection)
+        self._client = Client(router=self._router)
+
+    def read(self, path: str) -> bytes | None:
+        """Return the value, which a guest may have written: at most 4096 bytes of anything."""
+        try:
+            value: bytes = self._client.read(path.encode("ascii"))
+        except PyXSError as error:
+            if error.args and error.args[0] == errno.ENOENT:
+                return None
+            raise _refused("read", path, error) from error
+        return value
+
+    def write(self, path: str, value: str) -> None:
+        """Write a value; parents come into being."""
+        # Not Client.write: pyxs 0.4.1 refuses the empty value, which many nodes must have.
+        self._ack("write", path, Op.WRITE, path.encode("ascii") + NUL + value.encode("ascii"))
+
+    def make(self, path: str) -> None:
+        """Make an empty node unless it is there."""
+        self._ack("mkdir", path, Op.MKDIR, path.encode("ascii") + NUL)
+
+    def remove(self, path: str) -> None:
+        """Remove a node with everything below it; one that is not there is fine."""
+        try:
+            self._ack("rm", path, Op.RM, path.encode("ascii") + NUL)
+        except StoreError as error:
+            if not isinstance(error.__cause__, PyXSError) or error.__cause__.args[0] != errno.ENOENT:
+                raise
+
+    def permissions(self, path: str, *entries: str) -> None:
+        """Set owner and readers, as in xs_set_permissions: `n0`, `r7`, `b7`; the first entry is the owner."""
+        self._ack(
+            "set permissions", path, Op.SET_PERMS, b"".join(part.encode("ascii") + NUL for part in (path, *entries))
+        )
+
+    def introduce(self, domid: int, frame: int, port: int) -> None:
+        """Tell xenstored of a domain's ring frame and event channel; once per domain."""
+        parts = (str(domid), str(frame), str(port))
+        self._ack("introduce", str(domid), Op.INTRODUCE, b"".join(part.encode("ascii") + NUL for part in parts))
+
+    def resume(self, domid: int) -> None:
+        """Make xenstored forget that the domain had shut down, so that the next time fires @releaseDomain again."""
+        self._ack("resume", str(domid), Op.RESUME, str(domid).encode("ascii") + NUL)
+
+    def transaction(self, steps: Callable[[], None]) -> None:
+        """Run `steps` in a transaction, again from the start while another writer was faster (bounded)."""
+        for attempt in range(TRANSACTION_TRIES):
+            self._client.transaction()
+            try:
+                steps()
+            except BaseException:
+                self._client.rollback()
+                raise
+            committed = self._client.commit()
+            self._client.tx_id = 0  # pyxs 0.4.1 keeps the number of a lost transaction
+            if committed:
+                return
+            time.sleep(0.01 * attempt)
+        raise StoreError(f"xenstore transaction lost {TRANSACTION_TRIES} times to other writers")
+
+    def _ack(self, what: str, path: str, op: int, payload: bytes) -> None:
+        answer = self._router.send(Packet(op, payload, next_rq_id(), self._client.tx_id)).get()
+        if answer.op == Op.ERROR:
+            name = answer.payload.rstrip(NUL).decode("ascii", "replace")
+            raise _refused(what, path, PyXSError(getattr(errno, name, errno.EIO), name))
+        if answer.op != op:
+            raise StoreError(f"xenstore {what} {path}: answer of another kind")
+
+
+def _refused(what: str, path: str, error: PyXSError) -> StoreError:
+    refused = StoreError(f"xenstore {what} {path}: {error}")
+    refused.__cause__ = error
+    return refused
+
+
+def remove_all(store: Store, paths: Iterable[str]) -> None:
+    """Remove each path; a failure of one does not keep the others."""
+    failures: list[Any] = []
+    for path in paths:
+        try:
+            store.remove(path)
+        except StoreError as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]

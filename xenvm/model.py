@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The nouns every part of xenvm shares: frozen values, no input or output, nothing but the standard library.
+
+Text is turned into these values by the config package; numbers are derived from them (device numbers, MAC addresses)
+by the pure functions at the end.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, NewType
+
+Uuid = NewType("Uuid", str)
+"""A VM's identity, canonical and lower-cased; it stays the same over reboot, suspend and restore."""
+
+Domid = NewType("Domid", int)
+"""Xen's number of a domain; it changes with every incarnation of the VM."""
+
+_UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+class Action(StrEnum):
+    """What to do with the domain after the guest ended by itself."""
+
+    DESTROY = "destroy"
+    PRESERVE = "preserve"
+    REBOOT = "reboot"
+
+
+class StartupKind(StrEnum):
+    """What the monitor does with the VM when it starts; the restore kinds need a file."""
+
+    STARTED = "started"
+    PAUSED = "paused"
+    SHUTDOWN = "shutdown"
+    RESTORE = "restore"
+    RESTORE_DELETE = "restore-del"
+
+
+class DiskType(StrEnum):
+    """How the bytes of a virtual disk are stored."""
+
+    PHY = "phy"
+    FILE = "file"
+    QCOW = "qcow"
+    AIO = "aio"
+    VHD = "vhd"
+
+
+class SerialKind(StrEnum):
+    """Where the first serial port leads."""
+
+    PTY = "pty"
+    NONE = "none"
+    DEVICE = "device"
+    TCP = "tcp"
+
+
+class DisplayKind(StrEnum):
+    """How the guest's screen is shown."""
+
+    NONE = "none"
+    VNC = "vnc"
+    SDL = "sdl"
+    INTEL = "intel"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CryptSpec:
+    """Encryption of a virtual disk (plain dm-crypt, cryptsetup(8)); the key is the raw content of `key_file`."""
+
+    key_file: str
+    cipher: str = "aes-xts-plain"
+    key_size_bits: int = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskSpec:
+    """One virtual disk; an empty `path` is a CD drive without a disc."""
+
+    path: str
+    type: DiskType
+    virtpath: str
+    read_only: bool
+    cdrom: bool
+    crypt: CryptSpec | None = None
+
+    @property
+    def device_number(self) -> int:
+        """The vbd number, `virtual-device` in xenstore."""
+        return virtual_device_number(self.virtpath)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NicSpec:
+    """One virtual network card; `id` is its device id, unset parts are chosen when it is plugged."""
+
+    id: int
+    bridge: str | None = None
+    mac: str | None = None
+    model: str | None = None
+
+    def mac_for(self, uuid: Uuid) -> str:
+        """Return the configured address, or the one derived from the VM's uuid."""
+        return self.mac or derived_mac(self.id, self.model, uuid)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PciAddress:
+    """The address of one PCI function on the host."""
+
+    domain: int
+    bus: int
+    slot: int
+    function: int
+
+    def __str__(self) -> str:
+        return f"{self.domain:04x}:{self.bus:02x}:{self.slot:02x}.{self.function:x}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PciSpec:
+    """One PCI function handed to the guest; functions of one `group` form one device of the guest."""
+
+    group: int
+    address: PciAddress
+    bind: bool = False
+    msitranslate: bool | None = None
+    power_mgmt: bool | None = None
+    guest_slot: int | None = None
+    vdevfn: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SerialSpec:
+    """Where the serial port leads: `path` belongs to DEVICE, `host` (IPv4) and `port` to TCP."""
+
+    kind: SerialKind
+    path: str | None = None
+    host: str | None = None
+    port: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DisplaySpec:
+    """The guest's screen; `vnc_port` is a TCP port, None takes the first unused one."""
+
+    kind: DisplayKind
+    vnc_port: int | None = None
+    keymap: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuidSpec:
+    """A change to one CPUID leaf: 32 characters for each register, bit 31 first (see `cpuid` in xenvm.cfg(5))."""
+
+    leaf: int
+    subleaf: int | None = None
+    eax: str | None = None
+    ebx: str | None = None
+    ecx: str | None = None
+    edx: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AffinitySpec:
+    """The host CPUs that one virtual CPU may run on, ascending."""
+
+    vcpu: int
+    cpus: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlatformSpec:
+    """A node below `platform` in the domain's xenstore directory, read by hvmloader."""
+
+    key: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BiosString:
+    """An SMBIOS text that the guest sees, by its name in xen/hvm/hvm_xs_strings.h."""
+
+    key: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtraArgument:
+    """One more argument of the device model: `-key value`, or `-key` alone when `value` is None."""
+
+    key: str
+    value: str | None = None
+
+
+def parse_uuid(text: str) -> Uuid:
+    """Return the uuid that `text` spells as 8-4-4-4-12 hexadecimal digits, lower-cased; raise ValueError otherwise."""
+    lowered = text.lower()
+    # isascii first: lower() maps the Kelvin sign and others to ASCII letters
+    if not text.isascii() or not _UUID.fullmatch(lowered):
+        raise ValueError("a uuid has the form xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx (hexadecimal digits)")
+    return Uuid(lowered)
+
+
+# Majors of the block devices a guest knows, from Linux include/uapi/linux/major.h
+_MAJOR_IDE0: Final = 3
+_MAJOR_IDE1: Final = 22
+_MAJOR_SCSI0: Final = 8
+_MAJOR_XVD: Final = 202
+
+# xen/io/blkif.h and Linux drivers/block/xen-blkfront.c: bit 28 marks the extended form, higher bits are not defined
+_EXTENDED: Final = 1 << 28
+_EXTENDED_DISKS: Final = 1 << 20
+_EXTENDED_PARTITIONS: Final = 256
+
+_LETTERED: Final = re.compile(r"(hd|sd|xvd)([a-z]{1,5})([1-9][0-9]{0,3})?")
+_NUMBERED: Final = re.compile(r"d(0|[1-9][0-9]{0,6})p(0|[1-9][0-9]{0,3})")
+_PLAIN: Final = re.compile(r"0x[0-9a-f]{1,8}|[1-9][0-9]{0,9}")
+
+
+def virtual_device_number(name: str) -> int:
+    """Return the device number of `hda`, `sdb1`, `xvdc`, `d3p0` or a plain number, as Xen's vbd-interface(7) has it.
+
+    Raises ValueError for a name of another form, or a disk or partition out of the range of its kind.
+    """
+    if match := _LETTERED.fullmatch(name):
+        kind, letters, digits = match.groups()
+        disk = 0
+        for letter in letters:
+            disk = disk * 26 + ord(letter) - ord("a") + 1
+        return _device_number(name, kind, disk - 1, int(digits or 0))
+    if match := _NUMBERED.fullmatch(name):
+        return _device_number(name, "xvd", int(match[1]), int(match[2]))
+    if _PLAIN.fullmatch(name):
+        number = int(name, 0)
+        if not 0 < number < 2 * _EXTENDED:
+            raise ValueError(f"device number {name} is out of range (1..{2 * _EXTENDED - 1})")
+        return number
+    raise ValueError(f"`{name}` is no virtual disk name; give one like hda, sda or xvda")
+
+
+def _device_number(name: str, kind: str, disk: int, partition: int) -> int:
+    if kind == "hd":
+        if disk > 3 or partition > 63:
+            raise ValueError(f"`{name}` is out of range: hda to hdd, partitions 1 to 63")
+        major = _MAJOR_IDE0 if disk < 2 else _MAJOR_IDE1
+        return major << 8 | (disk & 1) << 6 | partition
+    if kind == "sd":
+        if disk > 15 or partition > 15:
+            raise ValueError(f"`{name}` is out of range: sda to sdp, partitions 1 to 15")
+        return _MAJOR_SCSI0 << 8 | disk << 4 | partition
+    if disk < 16 and partition < 16:
+        return _MAJOR_XVD << 8 | disk << 4 | partition
+    if disk >= _EXTENDED_DISKS or partition >= _EXTENDED_PARTITIONS:
+        raise ValueError(f"`{name}` is out of range: at most {_EXTENDED_DISKS} disks, partitions 1 to 255")
+    return _EXTENDED | disk << 8 | partition
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSlot:
+    """A device number taken apart: the family of names, the disk within it (0 is `a`), the partition (0 is none)."""
+
+    family: str
+    disk: int
+    partition: int
+
+
+def disk_slot(number: int) -> DiskSlot | None:
+    """Return which disk a device number of `virtual_device_number` means; None for a major that is none of ours."""
+    if number & _EXTENDED:
+        return DiskSlot("xvd", (number ^ _EXTENDED) >> 8, number & 0xFF)
+    major, minor = number >> 8, number & 0xFF
+    if major in (_MAJOR_IDE0, _MAJOR_IDE1):
+        first = 0 if major == _MAJOR_IDE0 else 2
+        # IDE majors carry two disks of 64 minors; a plain number may name a minor beyond them
+        return DiskSlot("hd", first + (minor >> 6), minor & 0x3F) if minor < 128 else None
+    if major in (_MAJOR_SCSI0, _MAJOR_XVD):
+        return DiskSlot("sd" if major == _MAJOR_SCSI0 else "xvd", minor >> 4, minor & 0xF)
+    return None
+
+
+def derived_mac(nic_id: int, model: str | None, uuid: Uuid) -> str:
+    """Return the MAC address of a card without one: a function of its id, its model and the VM's uuid.
+
+    The rule is that of earlier xenvm, so a guest keeps its addresses: MD5 of the words joined by blanks, hexadecimal
+    digits i and i+12 make an octet, for i = 0, 2, 1, 7, 6, 4; the first octet is made unicast and locally administered.
+    """
+    from hashlib import md5  # noqa: PLC0415 - loads OpenSSL, which few callers of this module need
+
+    words = [str(nic_id), *([model] if model else []), uuid]
+    digits = md5(" ".join(words).encode(), usedforsecurity=False).hexdigest()
+    octets = [int(digits[i] + digits[i + 12], 16) for i in (0, 2, 1, 7, 6, 4)]
+    octets[0] = octets[0] & 0xFE | 0x02
+    return ":".join(f"{octet:02x}" for octet in octets)

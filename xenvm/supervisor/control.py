@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command socket: clients, their rights, requests in and replies out. No knowledge of what commands do.
+
+The wire is the original's: a 4-byte big-endian length and a JSON-RPC 2.0 request of string parameters. An old client
+gets a bare JSON reply and the end of the connection; one that sends `"xenvm": 1` gets framed replies and may go on.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from typing import Final
+
+from xenvm.errors import ExitCode, ProtocolError, UsageError, XenvmError
+
+LENGTH: Final = struct.Struct(">I")
+REQUEST_LIMIT_BYTES: Final = 64 * 1024
+OUTPUT_LIMIT_BYTES: Final = 1 << 20  # of a client that does not read, then it is dropped
+CLIENTS_LIMIT: Final = 128
+CLIENTS_PER_USER: Final = 32
+REQUEST_WAIT_S: Final = 10.0  # from its first byte to its last
+PARAMS_LIMIT: Final = 16
+CREDENTIALS: Final = struct.Struct("=iII")  # struct ucred, unix(7)
+GROUPS_LIMIT: Final = 1024
+INVALID_PARAMS: Final = -32602  # the one error code of the original
+PARSE_ERROR: Final = -32700  # JSON-RPC 2.0
+SO_PEERGROUPS: Final = 59  # asm-generic/socket.h
+
+
+class Rights:
+    """Which users may do what: root and the group xenvm all, the group xenvm-read reading commands only."""
+
+    def __init__(self, all_gid: int, read_gid: int) -> None:
+        self._all_gid, self._read_gid = all_gid, read_gid
+
+    def of(self, uid: int, groups: frozenset[int]) -> str:
+        """Return "all", "read" or "" for a peer."""
+        if uid == 0 or uid == os.getuid() or self._all_gid in groups:
+            return "all"
+        return "read" if self._read_gid in groups else ""
+
+
+class Request:
+    """One checked request."""
+
+    __slots__ = ("identifier", "method", "params")
+
+    def __init__(self, identifier: object, method: str, params: Mapping[str, str]) -> None:
+        self.identifier = identifier
+        self.method = method
+        self.params = params
+
+
+class Client:
+    """One connection."""
+
+    def __init__(self, connection: socket.socket, uid: int, rights: str) -> None:
+        self.socket = connection
+        self.uid = uid
+        self.rights = rights
+        self.modern = False
+        self.subscribed = False
+        self.waiting = False  # a request is being worked on; the next one is read when it is answered
+        self.closing = False  # to be closed once everything is sent
+        self.begun_s = 0.0
+        self._in = bytearray()
+        self._out = bytearray()
+        self._descriptor = -1
+
+    def fileno(self) -> int:
+        """Return the descriptor, for epoll."""
+        return self.socket.fileno()
+
+    def read(self) -> bool:
+        """Take what has arrived; return False when the peer has closed."""
+        try:
+            received = self.socket.recv(REQUEST_LIMIT_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        if not self._in:
+            self.begun_s = time.monotonic()
+        self._in += received
+        if len(self._in) > 2 * REQUEST_LIMIT_BYTES:
+            return False
+        return bool(received)
+
+    @property
+    def partial(self) -> bool:
+        """Tell whether a request has begun and not ended."""
+        return bool(self._in) and not self.waiting
+
+    def next_request(self) -> Request | None:
+        """Return the next whole request; raise ProtocolError when what arrived is none."""
+        if len(self._in) < LENGTH.size:
+            return None
+        (length,) = LENGTH.unpack_from(self._in)
+        if not 0 < length <= REQUEST_LIMIT_BYTES:
+            raise ProtocolError(f"a request has 1 to {REQUEST_LIMIT_BYTES} bytes, not {length}")
+        if len(self._in) < LENGTH.size + length:
+            return None
+        untrusted_body = bytes(self._in[LENGTH.size : LENGTH.size + length])
+        del self._in[: LENGTH.size + length]
+        self.begun_s = time.monotonic()
+        request, self.modern = decode(untrusted_body)
+        return request
+
+    def reply(self, identifier: object, text: str, data: object = None, descriptor: int = -1) -> None:
+        """Answer a request. `descriptor` travels with the first byte and is closed here afterwards."""
+        result: object = {"text": text, "data": data} if self.modern else (text or None)
+        self._send({"jsonrpc": "2.0", "result": result, "id": identifier}, descriptor)
+        self.closing = not self.modern
+        self.waiting = False
+
+    def refuse(self, identifier: object, error: XenvmError, code: int = INVALID_PARAMS) -> None:
+        """Answer with an error."""
+        data = {"name": ExitCode(error.code).name, "exit": int(error.code), "hint": error.hint}
+        fault: dict[str, object] = {"code": code, "message": error.message}
+        if self.modern:
+            fault["data"] = data
+        self._send({"jsonrpc": "2.0", "error": fault, "id": identifier})
+        self.closing = self.closing or not self.modern or code == PARSE_ERROR
+        self.waiting = False
+
+    def notify(self, params: Mapping[str, object]) -> None:
+        """Send an event; it is lost, with the connection, when the client does not read."""
+        self._send({"jsonrpc": "2.0", "method": "event", "params": params})
+
+    def _send(self, message: Mapping[str, object], descriptor: int = -1) -> None:
+        body = json.dumps(message, separators=(",", ":")).encode("ascii")
+        if descriptor >= 0:
+            self.flush()
+            self._descriptor = descriptor
+        self._out += (LENGTH.pack(len(body)) + body) if self.modern else body
+        self.flush()
+
+    def flush(self) -> bool:
+        """Send what the peer takes; return False when the connection is of no more use."""
+        while self._out:
+            passed = [self._descriptor] if self._descriptor >= 0 else []
+            try:
+                sent = (
+                    socket.send_fds(self.socket, [self._out], passed, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                    if passed
+                    else self.socket.send(self._out, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                )
+            except BlockingIOError:
+                return len(self._out) <= OUTPUT_LIMIT_BYTES
+            except OSError:
+                return False
+            del self._out[:sent]
+            self._drop_descriptor()
+        return not self.closing
+
+    @property
+    def has_output(self) -> bool:
+        """Tell whether something waits for the peer to read."""
+        return bool(self._out)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._drop_descriptor()
+        self.socket.close()
+
+    def _drop_descriptor(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def accept(listener: socket.socket, rights: Rights, clients: list[Client]) -> Client | None:
+    """Accept one connection, with the rights its peer credentials give; None when there is none after all.
+
+    A user with too many connections, or one more than the monitor serves, is disconnected at once.
+    """
+    try:
+        connection, _ = listener.accept()
+    except OSError:
+        return None
+    uid, groups = _peer(connection)
+    same_user = sum(client.uid == uid for client in clients)
+    if len(clients) >= CLIENTS_LIMIT or (uid != 0 and same_user >= CLIENTS_PER_USER):
+        connection.close()
+        return None
+    return Client(connection, uid, rights.of(uid, groups))
+
+
+def _peer(connection: socket.socket) -> tuple[int, frozenset[int]]:
+    """Return uid and groups of the peer as they were when it connected (SO_PEERCRED, SO_PEERGROUPS)."""
+    _pid, uid, gid = CREDENTIALS.unpack(
+        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+    )
+    groups = {gid}
+    with contextlib.suppress(OSError):
+        packed = connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, GROUPS_LIMIT * 4)
+        groups.update(struct.unpack(f"={len(packed) // 4}I", packed))
+    return uid, frozenset(groups)
+
+
+def decode(untrusted_body: bytes) -> tuple[Request, bool]:
+    """Return the request in a body and whether its sender is a new client; raise ProtocolError for anything else."""
+    try:
+        untrusted = json.loads(untrusted_body.decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise ProtocolError("the request is not JSON") from None
+    if not isinstance(untrusted, dict) or untrusted.get("jsonrpc") != "2.0":
+        raise ProtocolError("the request is not a JSON-RPC 2.0 object")
+    if untrusted.keys() - {"jsonrpc", "method", "params", "id", "xenvm"}:
+        raise ProtocolError("the request has unknown members")
+    method, params, identifier = untrusted.get("method"), untrusted.get("params", {}), untrusted.get("id", 0)
+    if isinstance(params, list):
+        params = {}  # as in the original: arrays count as no parameters
+    if not isinstance(method, str) or len(method) > 64 or not isinstance(params, dict):
+        raise ProtocolError("the request has no method and parameters of the right kind")
+    if type(identifier) not in (int, str, type(None)) or len(str(identifier)) > 64:
+        raise ProtocolError("the request's id is not a short text or number")
+    if len(params) > PARAMS_LIMIT or not all(isinstance(value, str) for value in params.values()):
+        raise ProtocolError("parameters are at most 16 texts")
+    return Request(identifier, method, params), untrusted.get("xenvm") == 1
+
+
+def usage(message: str) -> UsageError:
+    """Return the error for a request that could not be understood."""
+    return UsageError(message)

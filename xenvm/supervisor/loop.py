@@ -1,0 +1,532 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The supervisor's loop: clients, broker and watcher in; the state machine decides; requests and replies out.
+
+It holds no privilege, no path and no domid that means anything to the broker. Between events it makes no system call.
+"""
+
+import os
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from xenvm.boundary.frames import Channel
+from xenvm.boundary.messages import (
+    Ask,
+    Domain,
+    DomainState,
+    Done,
+    Failed,
+    Fault,
+    Init,
+    Op,
+    Phase,
+    Progress,
+    Watch,
+)
+from xenvm.errors import BusyError, ExitCode, ProtocolError, TimeoutExpiredError, UsageError, WrongStateError, XenvmError
+from xenvm.supervisor import commands
+from xenvm.supervisor.control import PARSE_ERROR, REQUEST_WAIT_S, Client, Request, Rights, accept
+from xenvm.supervisor.machine import Happening, Vm, seen, step
+from xenvm.supervisor.states import ALIVE, ENDED, STABLE, Event, State
+
+QUERY_PAUSE_S: Final = 1.0  # between two looks at the domain, however many others end on this host
+WAIT_DEFAULT_S: Final = 60.0
+BUILDS: Final = frozenset({Op.START, Op.START_PAUSED, Op.FIND, Op.BUILD, Op.BUILD_PAUSED, Op.REBUILD})
+ANYWHERE: Final = frozenset(State)
+GOALS: Final = {
+    "start": ALIVE,
+    "pause": frozenset({State.PAUSED}),
+    "unpause": frozenset({State.RUNNING}),
+    "shutdown": ENDED | ALIVE,  # on_halt = reboot brings it back
+    "restart": ALIVE,
+    "destroy": frozenset({State.SHUTDOWN}),
+}
+
+
+@dataclass(slots=True)
+class Operation:
+    """The one command that is changing the VM."""
+
+    name: str
+    client: Client | None
+    identifier: object
+    since_s: float
+    deadline_s: float = 0.0  # when the guest has ignored the request; 0: no such wait
+    force: bool = False
+
+
+@dataclass(slots=True)
+class Waiter:
+    """A client that waits for a state."""
+
+    client: Client
+    identifier: object
+    state: State
+    timeout_s: float
+    end: float
+
+
+class Supervisor:
+    """All state of one VM's unprivileged side."""
+
+    def __init__(self, broker: Channel, listener: socket.socket, watcher: Channel, init: Init) -> None:
+        """Begin in the middle of what the broker does at startup; its outcome comes with sequence 0."""
+        self._broker, self._listener, self._watcher, self._init = broker, listener, watcher, init
+        self._vm = Vm(State.CREATING)
+        self._operation: Operation | None = Operation("start", None, None, time.monotonic())
+        self._starting = init.first
+        first_op = {"started": Op.START, "paused": Op.START_PAUSED}.get(init.policy.startup, Op.FIND)
+        self._asked: tuple[int, Op] | None = (0, first_op if init.first else Op.FIND)
+        self._queue: deque[Op] = deque()
+        self._sequence = 0
+        self._look_due = 0.0
+        self._looked = 0.0
+        self._step = ""
+        self._clients: dict[int, Client] = {}
+        self._handovers: dict[int, tuple[Client, object]] = {}
+        self._waiters: list[Waiter] = []
+        self._rights = Rights(init.all_gid, init.read_gid)
+        self._epoll = select.epoll()
+        self._revive = False
+
+    def run(self) -> int:
+        """Serve until the broker ends; return the exit status."""
+        self._epoll.register(self._broker.fileno(), select.EPOLLIN)
+        self._epoll.register(self._watcher.fileno(), select.EPOLLIN)
+        while True:
+            for descriptor, events in self._epoll.poll(self._timeout_s()):
+                if descriptor == self._broker.fileno():
+                    if not self._from_broker():
+                        return 0
+                elif descriptor == self._watcher.fileno():
+                    self._from_watcher()
+                elif descriptor == self._listener.fileno():
+                    self._accept()
+                elif descriptor in self._clients:
+                    self._from_client(self._clients[descriptor], events)
+            self._timers(time.monotonic())
+
+    # Time
+
+    def _timeout_s(self) -> float:
+        """Return how long to sleep: -1, for ever, when nothing is due."""
+        due = [waiter.end for waiter in self._waiters]
+        due += [client.begun_s + REQUEST_WAIT_S for client in self._clients.values() if client.partial]
+        if self._operation and self._operation.deadline_s:
+            due.append(self._operation.deadline_s)
+        if self._look_due:
+            due.append(self._look_due)
+        return max(0.0, min(due) - time.monotonic()) if due else -1
+
+    def _timers(self, now_s: float) -> None:
+        if self._look_due and now_s >= self._look_due and not self._asked:
+            self._look_due, self._looked = 0.0, now_s
+            if self._vm.state not in ENDED:
+                self._ask(Op.QUERY)
+        operation = self._operation
+        if operation and operation.deadline_s and now_s >= operation.deadline_s:
+            operation.deadline_s = 0.0
+            waited_s = now_s - operation.since_s
+            event = Event.IGNORED_FORCE if operation.force else Event.IGNORED
+            verb = "shut down" if operation.name == "shutdown" else "restart"
+            fault = Fault(
+                int(ExitCode.TIMED_OUT),
+                f"{operation.name}: the guest did not {verb} within {waited_s:.0f} s and runs on",
+                f"a guest without a shutdown daemon ignores the request; {operation.name} force=true does not ask",
+            )
+            self._happen(Happening(event, now_s, fault=None if operation.force else fault))
+        for waiter in [waiter for waiter in self._waiters if now_s >= waiter.end]:
+            self._waiters.remove(waiter)
+            waiter.client.refuse(
+                waiter.identifier,
+                TimeoutExpiredError(
+                    f"wait: the VM was not {waiter.state} within {waiter.timeout_s:g} s; it is {self._vm.state}"
+                ),
+            )
+            self._serve(waiter.client)
+        for client in list(self._clients.values()):
+            if client.partial and now_s >= client.begun_s + REQUEST_WAIT_S:
+                self._drop(client)
+
+    # Broker and watcher
+
+    def _ask(self, op: Op) -> None:
+        """Send a request, or keep it until the broker is free; a destroy overtakes and cancels everything else."""
+        if op is Op.DESTROY:
+            self._queue.clear()
+        elif self._asked:
+            self._queue.append(op)
+            return
+        self._sequence += 1
+        self._asked = (self._sequence, op)
+        self._debug(f"asked {op}")
+        self._broker.send(Ask(self._sequence, op, "", 0))
+
+    def _from_broker(self) -> bool:
+        """Take one message of the broker; return False when it has ended."""
+        received = self._broker.receive_now()
+        if received is None:
+            return False
+        message, descriptors = received
+        if isinstance(message, Init):
+            self._init = message
+            self._publish("config", {})
+        elif isinstance(message, Progress):
+            self._step = message.step
+            self._publish("progress", {"step": message.step})
+        elif isinstance(message, Done | Failed) and message.sequence in self._handovers:
+            self._hand_over(message, descriptors)
+        elif isinstance(message, Done | Failed) and self._asked and message.sequence == self._asked[0]:
+            op, self._asked, self._step = self._asked[1], None, ""
+            self._outcome(op, message)
+            if self._queue and not self._asked:
+                self._ask(self._queue.popleft())
+        return True
+
+    def _outcome(self, op: Op, message: Done | Failed) -> None:
+        now_s = time.monotonic()
+        if isinstance(message, Failed):
+            self._debug(f"{op} failed: {message.fault.message}")
+            self._failed(op, message)
+        elif op is Op.DESTROY:
+            self._happen(Happening(Event.DESTROYED, now_s))
+        elif op is Op.WITHDRAW:
+            self._happen(Happening(Event.WITHDRAWN, now_s))
+            self._look_soon(now_s)
+        elif op in BUILDS:
+            self._found(message.domain, now_s)
+        elif op is not Op.QUERY and op not in (Op.ASK_POWEROFF, Op.ASK_REBOOT, Op.FORCE_POWEROFF):
+            self._happen(seen(self._vm, self._init.policy, message.domain, now_s))
+        elif message.domain.state not in (DomainState.RUNNING, DomainState.PAUSED) or op is Op.QUERY:
+            self._happen(seen(self._vm, self._init.policy, message.domain, now_s))
+
+    def _found(self, domain: Domain, now_s: float) -> None:
+        """A domain was built or found: from here on it is ours, whatever it does just now."""
+        if domain.state is DomainState.RUNNING:
+            self._happen(Happening(Event.BUILT, now_s, domain.domid))
+        elif domain.state is DomainState.PAUSED:
+            self._happen(Happening(Event.BUILT_PAUSED, now_s, domain.domid))
+        elif domain.state is DomainState.SHUTDOWN:
+            self._vm = replace(self._vm, domid=domain.domid)
+            self._revive = self._starting and self._init.policy.startup != "shutdown"
+            self._happen(seen(self._vm, self._init.policy, domain, now_s))
+        elif self._vm.state is State.CREATING:
+            self._happen(Happening(Event.ABSENT, now_s))
+        else:
+            self._happen(seen(self._vm, self._init.policy, domain, now_s))
+
+    def _failed(self, op: Op, message: Failed) -> None:
+        now_s = time.monotonic()
+        if op is Op.DESTROY:
+            event = Event.DESTROY_FAILED
+        elif op in BUILDS or message.domain.phase is not Phase.BUILT:
+            event = Event.FAILED_OFF
+        else:
+            event = Event.FAILED_UP
+        self._happen(Happening(event, now_s, message.domain.domid, fault=message.fault))
+
+    def _from_watcher(self) -> None:
+        """Something ended on this host: look soon, however many such events there are."""
+        received = self._watcher.receive_now()
+        if received and isinstance(received[0], Watch) and self._vm.state not in ENDED:
+            self._look_soon(time.monotonic())
+
+    def _look_soon(self, now_s: float) -> None:
+        if not self._look_due:
+            self._look_due = max(now_s, self._looked + QUERY_PAUSE_S)
+
+    # The machine
+
+    def _happen(self, happening: Happening) -> None:
+        """Take one step and do what it asks; finish the running command when a lasting state is reached."""
+        before = self._vm
+        self._vm, op = step(before, happening)
+        if op:
+            self._ask(op)
+        if (self._vm.state, self._vm.domid) != (before.state, before.domid):
+            self._log(f"state={self._vm.state} domid={self._vm.domid} event={happening.event!s} {self._vm.reason}")
+            self._publish("state", {"reason": self._vm.reason})
+            for waiter in [waiter for waiter in self._waiters if waiter.state is self._vm.state]:
+                self._waiters.remove(waiter)
+                waiter.client.reply(waiter.identifier, "", {"state": self._vm.state})
+                self._serve(waiter.client)
+        settled = op is None and self._vm.state in STABLE
+        moved = self._vm.state is not before.state or self._vm.fault is not before.fault
+        if self._operation and settled and (moved or self._operation.name == "destroy"):
+            self._finish(self._operation)
+
+    def _finish(self, operation: Operation) -> None:
+        fault = self._vm.fault
+        if self._revive and fault is None and self._vm.state is State.SHUTDOWN:
+            # the domain found at the start had ended while nobody watched: its policy is done, now the start begins
+            self._revive = False
+            event = Event.START_PAUSED if self._init.policy.startup == "paused" else Event.START
+            self._vm, op = step(self._vm, Happening(event, time.monotonic()))
+            if op:
+                self._ask(op)
+            return
+        self._operation = None
+        if fault is None and self._vm.state not in GOALS[operation.name] and operation.client:
+            why = f": {self._vm.reason}" if self._vm.reason else ""
+            fault = Fault(int(ExitCode.FAILED), f"{operation.name}: the VM is {self._vm.state}{why}", "")
+        if self._starting:
+            self._starting = False
+            self._report_start(fault)
+        if operation.client is None:
+            return
+        if fault:
+            error = XenvmError(fault.message, hint=fault.hint, code=ExitCode(fault.code))
+            operation.client.refuse(operation.identifier, error)
+        else:
+            operation.client.reply(operation.identifier, "", self._status())
+        self._serve(operation.client)
+
+    def _report_start(self, fault: Fault | None) -> None:
+        """Tell whoever started the monitor; from now on clients are served. A failed start ends the monitor."""
+        text, code = "", 0
+        if fault:
+            text, code = fault.message + (f"\nhint: {fault.hint}" if fault.hint else ""), fault.code
+        elif self._vm.state is State.SHUTDOWN and self._init.policy.startup != "shutdown":
+            text, code = f"the guest did not stay up: {self._vm.reason}", int(ExitCode.FAILED)
+        self._sequence += 1
+        self._broker.send(Ask(self._sequence, Op.STARTED, text, code))
+
+    # Clients
+
+    def _accept(self) -> None:
+        client = accept(self._listener, self._rights, list(self._clients.values()))
+        if client is not None:
+            self._clients[client.fileno()] = client
+            self._epoll.register(client.fileno(), select.EPOLLIN)
+
+    def _from_client(self, client: Client, events: int) -> None:
+        if events & select.EPOLLOUT and not client.flush():
+            self._drop(client)
+            return
+        if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR) and not client.read():
+            self._drop(client)
+            return
+        self._serve(client)
+
+    def _serve(self, client: Client) -> None:
+        """Answer what a client has asked, one request after another, and let it go when it is done."""
+        while client.fileno() >= 0 and not client.waiting and not client.closing:
+            request = None
+            try:
+                request = client.next_request()
+                if request is None:
+                    break
+                client.waiting = True
+                self._command(client, request)
+            except ProtocolError as error:
+                client.refuse(0, UsageError(error.message), PARSE_ERROR)
+            except XenvmError as error:
+                client.refuse(request.identifier if request else 0, error)
+        if client.fileno() < 0:
+            return
+        if not client.flush():
+            self._drop(client)
+            return
+        wanted = select.EPOLLIN | (select.EPOLLOUT if client.has_output else 0)
+        self._epoll.modify(client.fileno(), wanted)
+
+    def _drop(self, client: Client) -> None:
+        """Forget a client; a command it has begun goes on."""
+        self._clients.pop(client.fileno(), None)
+        self._waiters = [waiter for waiter in self._waiters if waiter.client is not client]
+        self._handovers = {key: value for key, value in self._handovers.items() if value[0] is not client}
+        if self._operation and self._operation.client is client:
+            self._operation.client = None
+        self._epoll.unregister(client.fileno())
+        client.close()
+
+    def _command(self, client: Client, request: Request) -> None:
+        name, command = commands.find(request.method)
+        if client.rights != "all" and not (client.rights == "read" and command.reading):
+            raise XenvmError(
+                f"{name}: user {client.uid} may not do this",
+                hint="root and the group xenvm may do everything, the group xenvm-read may look",
+                code=ExitCode.PERMISSION_REFUSED,
+            )
+        commands.check_arguments(name, command, request.params)
+        self._debug(f"command {name} from user {client.uid}")
+        if command.event is not None:
+            self._change(client, request, name, command.event)
+        else:
+            self._HANDLERS[name](self, client, request)
+
+    def _change(self, client: Client, request: Request, name: str, event: Event) -> None:
+        """Begin a command that changes the VM; there is one at a time, and destroy alone overtakes it."""
+        params = request.params
+        now_s = time.monotonic()
+        operation = Operation(name, client, request.identifier, now_s)
+        operation.force = commands.boolean(params, "force", "forced")
+        if event is Event.START and commands.boolean(params, "paused"):
+            event = Event.START_PAUSED
+        if event in (Event.SHUTDOWN, Event.RESTART):
+            limit_s = commands.seconds(params, "timeout", float(self._init.policy.shutdown_timeout_s))
+            if operation.force and "timeout" not in params:
+                event = Event.FORCE_OFF if event is Event.SHUTDOWN else Event.FORCE_RESTART
+            else:
+                operation.deadline_s = now_s + limit_s
+        running = self._operation
+        if running and event is not Event.DESTROY:
+            raise BusyError(f"{name}: busy with {running.name} for {now_s - running.since_s:.1f} s")
+        if not running and self._vm.state not in STABLE and event is not Event.DESTROY:
+            raise BusyError(f"{name}: the VM is {self._vm.state}", hint="wait for it, or destroy")
+        after, op = step(self._vm, Happening(event, now_s))  # raises before anything has changed
+        if running and running.client:
+            running.client.refuse(running.identifier, XenvmError(f"{running.name}: ended by destroy"))
+            self._serve(running.client)
+        if running and self._starting:
+            self._starting = False
+            self._sequence += 1
+            self._broker.send(Ask(self._sequence, Op.STARTED, "destroyed while it was starting", 0))
+        before, self._vm, self._operation = self._vm, after, operation
+        if after.state is not before.state:
+            self._log(f"state={after.state} domid={after.domid} event={event!s}")
+            self._publish("state", {"reason": after.reason})
+        if op:
+            self._ask(op)
+
+    def _status(self) -> dict[str, object]:
+        vm, busy = self._vm, self._operation
+        return {
+            "uuid": self._init.uuid,
+            "name": self._init.name,
+            "state": vm.state,
+            "running": vm.state not in ENDED,
+            "domid": vm.domid if vm.domid > 0 else None,
+            "memory_mib": self._init.memory_mib,
+            "vcpus": self._init.vcpus,
+            "monitor_pid": self._init.monitor_pid,
+            "config_file": self._init.config_file,
+            "reason": vm.reason,
+            "busy": {"command": busy.name, "for_s": round(time.monotonic() - busy.since_s, 1)} if busy else None,
+            "step": self._step,
+        }
+
+    def _do_status(self, client: Client, request: Request) -> None:
+        text = str(self._vm.state) + (f" ({self._vm.reason})" if self._vm.reason else "")
+        client.reply(request.identifier, text if client.modern else str(self._vm.state), self._status())
+
+    def _do_domid(self, client: Client, request: Request) -> None:
+        client.reply(request.identifier, str(self._vm.domid), self._vm.domid)
+
+    def _do_help(self, client: Client, request: Request) -> None:
+        client.reply(request.identifier, commands.help_text(), sorted(commands.COMMANDS))
+
+    def _do_get(self, client: Client, request: Request) -> None:
+        field = request.params.get("field", "")
+        value = self._init.fields.get(field)
+        if value is None:
+            raise UsageError(f"get: no field {ascii(field[:64])}", hint=f"one of {', '.join(sorted(self._init.fields))}")
+        client.reply(request.identifier, value, value)
+
+    def _do_events(self, client: Client, request: Request) -> None:
+        if not client.modern:
+            raise UsageError('events: only for clients that send "xenvm": 1')
+        client.subscribed = True
+        client.reply(request.identifier, "", self._status())
+
+    def _do_wait(self, client: Client, request: Request) -> None:
+        word = request.params.get("state", "")
+        if word not in list(State):
+            raise UsageError(f"wait: no state {ascii(word[:64])}", hint=f"one of {', '.join(State)}")
+        timeout_s = commands.seconds(request.params, "timeout", WAIT_DEFAULT_S)
+        if self._vm.state == word:
+            client.reply(request.identifier, "", {"state": word})
+            return
+        end = time.monotonic() + timeout_s
+        self._waiters.append(Waiter(client, request.identifier, State(word), timeout_s, end))
+
+    def _do_read_config(self, client: Client, request: Request) -> None:
+        if "path" in request.params:
+            raise UsageError(
+                "read-config: only the file this monitor was started with is read again",
+                hint=f"that is {self._init.config_file}; for another one: quit, then xenvm FILE",
+            )
+        self._ask_beside(Op.READ_CONFIG, client, request)
+
+    def _do_console(self, client: Client, request: Request) -> None:
+        if self._vm.state in ENDED or self._vm.domid < 0:
+            raise WrongStateError(f"console: the VM is {self._vm.state}")
+        if self._asked:
+            raise BusyError(f"console: busy with {self._asked[1]}", hint="try again in a moment")
+        self._ask_beside(Op.CONSOLE, client, request)
+
+    def _do_console_log(self, client: Client, request: Request) -> None:
+        self._ask_beside(Op.CONSOLE_LOG, client, request)
+
+    def _do_quit(self, client: Client, request: Request) -> None:
+        if self._operation or self._vm.state not in STABLE:
+            what = self._operation.name if self._operation else self._vm.state
+            raise BusyError(f"quit: busy with {what}", hint="wait for it, or destroy")
+        client.reply(request.identifier, "", None)
+        client.flush()
+        self._sequence += 1
+        self._broker.send(Ask(self._sequence, Op.QUIT, "", 0))
+
+    def _ask_beside(self, op: Op, client: Client, request: Request) -> None:
+        """Ask for something that changes nothing and whose answer goes to one client."""
+        if not client.modern and op is not Op.READ_CONFIG:
+            raise UsageError(f'{op}: only for clients that send "xenvm": 1')
+        self._sequence += 1
+        self._handovers[self._sequence] = (client, request.identifier)
+        self._broker.send(Ask(self._sequence, op, "", 0))
+
+    def _hand_over(self, message: Done | Failed, descriptors: list[int]) -> None:
+        client, identifier = self._handovers.pop(message.sequence)
+        if isinstance(message, Failed):
+            fault = message.fault
+            client.refuse(identifier, XenvmError(fault.message, hint=fault.hint, code=ExitCode(fault.code)))
+        else:
+            client.reply(identifier, "", None, descriptors[0] if descriptors else -1)
+        self._serve(client)
+
+    _HANDLERS: Final[dict[str, Callable[["Supervisor", Client, Request], None]]] = {
+        "status": _do_status,
+        "domid": _do_domid,
+        "help": _do_help,
+        "get": _do_get,
+        "events": _do_events,
+        "wait": _do_wait,
+        "read-config": _do_read_config,
+        "console": _do_console,
+        "console-log": _do_console_log,
+        "quit": _do_quit,
+    }
+
+    # What others hear
+
+    def serve_clients(self) -> None:
+        """Begin to accept connections."""
+        self._epoll.register(self._listener.fileno(), select.EPOLLIN)
+
+    def _publish(self, kind: str, details: dict[str, object]) -> None:
+        event = {
+            "time": round(time.time(), 3),
+            "uuid": self._init.uuid,
+            "event": kind,
+            "state": self._vm.state,
+            "domid": self._vm.domid if self._vm.domid > 0 else None,
+            **details,
+        }
+        for client in [client for client in self._clients.values() if client.subscribed]:
+            client.notify(event)
+            if not client.flush():
+                self._drop(client)
+            elif client.has_output:
+                self._epoll.modify(client.fileno(), select.EPOLLIN | select.EPOLLOUT)
+
+    def _log(self, text: str) -> None:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        os.write(2, f"{stamp} uuid={self._init.uuid} {text.rstrip()}\n".encode("ascii", "backslashreplace"))
+
+    def _debug(self, text: str) -> None:
+        if self._init.debug:
+            self._log(text)
