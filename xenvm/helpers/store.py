@@ -145,6 +145,19 @@ class Store:
             if not isinstance(error.__cause__, PyXSError) or error.__cause__.args[0] != errno.ENOENT:
                 raise
 
+    def remove_if_empty(self, path: str) -> None:
+        """Remove a node that has no children; safe against others who add one just now."""
+
+        def steps() -> None:
+            try:
+                children = self._client.list(path.encode("ascii"))
+            except PyXSError:  # gone already, or so full that its list does not fit into one answer
+                return
+            if not children:
+                self.remove(path)
+
+        self.transaction(steps)
+
     def permissions(self, path: str, *entries: str) -> None:
         """Set owner and readers, as in xs_set_permissions: `n0`, `r7`, `b7`; the first entry is the owner."""
         self._ack(

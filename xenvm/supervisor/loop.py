@@ -118,7 +118,7 @@ class Supervisor:
         due += [client.begun_s + REQUEST_WAIT_S for client in self._clients.values() if client.partial]
         if self._operation and self._operation.deadline_s:
             due.append(self._operation.deadline_s)
-        if self._look_due:
+        if self._look_due and not self._asked:
             due.append(self._look_due)
         return max(0.0, min(due) - time.monotonic()) if due else -1
 
