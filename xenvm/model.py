@@ -6,9 +6,10 @@ by the pure functions at the end.
 """
 
 import re
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NewType
+
+from xenvm.record import Record
 
 Uuid = NewType("Uuid", str)
 """A VM's identity, canonical and lower-cased; it stays the same over reboot, suspend and restore."""
@@ -65,8 +66,7 @@ class DisplayKind(StrEnum):
     INTEL = "intel"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CryptSpec:
+class CryptSpec(Record, kw_only=True):
     """Encryption of a virtual disk (plain dm-crypt, cryptsetup(8)); the key is the raw content of `key_file`."""
 
     key_file: str
@@ -74,8 +74,7 @@ class CryptSpec:
     key_size_bits: int = 256
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiskSpec:
+class DiskSpec(Record, kw_only=True):
     """One virtual disk; an empty `path` is a CD drive without a disc."""
 
     path: str
@@ -91,8 +90,7 @@ class DiskSpec:
         return virtual_device_number(self.virtpath)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NicSpec:
+class NicSpec(Record, kw_only=True):
     """One virtual network card; `id` is its device id, unset parts are chosen when it is plugged."""
 
     id: int
@@ -105,8 +103,7 @@ class NicSpec:
         return self.mac or derived_mac(self.id, self.model, uuid)
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class PciAddress:
+class PciAddress(Record):
     """The address of one PCI function on the host."""
 
     domain: int
@@ -118,8 +115,7 @@ class PciAddress:
         return f"{self.domain:04x}:{self.bus:02x}:{self.slot:02x}.{self.function:x}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PciSpec:
+class PciSpec(Record, kw_only=True):
     """One PCI function handed to the guest; functions of one `group` form one device of the guest."""
 
     group: int
@@ -131,8 +127,7 @@ class PciSpec:
     vdevfn: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SerialSpec:
+class SerialSpec(Record, kw_only=True):
     """Where the serial port leads: `path` belongs to DEVICE, `host` (IPv4) and `port` to TCP."""
 
     kind: SerialKind
@@ -141,8 +136,7 @@ class SerialSpec:
     port: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DisplaySpec:
+class DisplaySpec(Record, kw_only=True):
     """The guest's screen; `vnc_port` is a TCP port, None takes the first unused one."""
 
     kind: DisplayKind
@@ -150,8 +144,7 @@ class DisplaySpec:
     keymap: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CpuidSpec:
+class CpuidSpec(Record, kw_only=True):
     """A change to one CPUID leaf: 32 characters for each register, bit 31 first (see `cpuid` in xenvm.cfg(5))."""
 
     leaf: int
@@ -162,32 +155,28 @@ class CpuidSpec:
     edx: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AffinitySpec:
+class AffinitySpec(Record, kw_only=True):
     """The host CPUs that one virtual CPU may run on, ascending."""
 
     vcpu: int
     cpus: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlatformSpec:
+class PlatformSpec(Record, kw_only=True):
     """A node below `platform` in the domain's xenstore directory, read by hvmloader."""
 
     key: str
     value: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BiosString:
+class BiosString(Record, kw_only=True):
     """An SMBIOS text that the guest sees, by its name in xen/hvm/hvm_xs_strings.h."""
 
     key: str
     value: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExtraArgument:
+class ExtraArgument(Record, kw_only=True):
     """One more argument of the device model: `-key value`, or `-key` alone when `value` is None."""
 
     key: str
@@ -257,8 +246,7 @@ def _device_number(name: str, kind: str, disk: int, partition: int) -> int:
     return _EXTENDED | disk << 8 | partition
 
 
-@dataclass(frozen=True, slots=True)
-class DiskSlot:
+class DiskSlot(Record):
     """A device number taken apart: the family of names, the disk within it (0 is `a`), the partition (0 is none)."""
 
     family: str

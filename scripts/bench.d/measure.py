@@ -71,7 +71,8 @@ def main() -> None:
             broker = int(Path(f"/run/xenvm/lock-{UUID}").read_text())
             monitor = [psutil.Process(broker), *psutil.Process(broker).children(recursive=True)]
             resident, proportional = memory(monitor)
-            facts.append(f"idle monitor: {len(monitor)} processes, {resident} KiB resident, {proportional} KiB proportional")
+            count = len(monitor)
+            facts.append(f"idle monitor: {count} processes, {resident} KiB resident, {proportional} KiB proportional")
             for process in monitor:
                 part = memory([process])
                 facts.append(f"  {process.cmdline()[5]}: {part[0]} KiB resident, {part[1]} KiB proportional")

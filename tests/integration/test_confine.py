@@ -37,7 +37,7 @@ LIMITS = {
 PRELUDE = f"""
 import sys
 sys.path[:0] = [{ROOT!r}]
-import dataclasses, errno, json, os, signal, socket, threading, time, traceback
+import errno, json, os, signal, socket, threading, time, traceback
 import prctl
 from xenvm._confine import lib
 from xenvm.boundary.confine import confine
@@ -517,7 +517,7 @@ def test_each_landlock_version_up_to_the_kernels_denies_files(abi, tmp_path):
 
 WITH_OPENAT = """
 row = TABLE[Role.SUPERVISOR]
-row = dataclasses.replace(row, syscalls=row.syscalls | {"openat"}, landlock=Landlock[sys.argv[1]])
+row = row.but(syscalls=row.syscalls | {"openat"}, landlock=Landlock[sys.argv[1]])
 try:
     proof = enter(row)
 except ConfineError as error:
@@ -563,7 +563,7 @@ def test_a_row_that_allows_too_much_is_no_proof(extra, message):
         """
         row = TABLE[Role.SUPERVISOR]
         try:
-            enter(dataclasses.replace(row, syscalls=row.syscalls | {sys.argv[1]}))
+            enter(row.but(syscalls=row.syscalls | {sys.argv[1]}))
         except ConfineError as error:
             say(error.message)
         """,

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """parse(dump(c)) == c for every config, and no text at all makes the parser raise."""
 
-from dataclasses import replace
-
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -132,8 +130,7 @@ def common(draw, base):
     memory, vcpus = draw(st.integers(2, 4096)), draw(st.integers(1, 16))
     kind = draw(st.sampled_from(StartupKind))
     cpus = st.lists(st.integers(0, 4095), min_size=1, max_size=4, unique=True).map(lambda found: tuple(sorted(found)))
-    return replace(
-        base,
+    return base.but(
         uuid=draw(st.none() | uuid),
         name=draw(st.none() | word),
         startup=kind,
@@ -162,9 +159,7 @@ def common(draw, base):
 
 @st.composite
 def paravirtual(draw):
-    return replace(
-        draw(common(PLAIN)), initrd=draw(st.none() | path), cmdline=draw(line), nics=draw(nics(st.nothing()))
-    )
+    return draw(common(PLAIN)).but(initrd=draw(st.none() | path), cmdline=draw(line), nics=draw(nics(st.nothing())))
 
 
 @st.composite
@@ -186,8 +181,7 @@ def virtual(draw):
     numbers = st.integers(0, 2**31 - 1)
     bios = st.builds(BiosString, key=st.sampled_from([*BIOS_STRINGS, "oem-1", "oem-99"]), value=line.filter(bool))
     node = st.builds(PlatformSpec, key=word.map(lambda text: "x" + text), value=line)
-    return replace(
-        base,
+    return base.but(
         kernel=draw(st.none() | path),
         videoram_mib=draw(st.none() | st.integers(1, min(512, base.memory_mib - 1))),
         nics=draw(nics(st.sampled_from(["e1000", "rtl8139"]))),

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The privilege table is coherent: each promise that holds for all roles, or for all but one, is checked here."""
 
-import dataclasses
-
 import pytest
 
 from xenvm.boundary.messages import Op
@@ -119,7 +117,7 @@ def test_only_the_supervisor_accepts_connections():
 
 def test_the_parser_is_bounded_in_memory_and_time():
     assert TABLE[Role.PARSER].limits["AS"] <= 1 << 30
-    assert TABLE[Role.PARSER].limits["CPU"] <= 10
+    assert TABLE[Role.PARSER].limits["CPU"] <= 30
 
 
 def test_the_kill_list_leaves_what_confinement_itself_needs():
@@ -146,7 +144,7 @@ def test_the_table_cannot_be_changed():
         TABLE[Role.WATCHER] = TABLE[Role.BUILDER]
     with pytest.raises(TypeError):
         TABLE[Role.WATCHER].descriptors[5] = PRIVCMD
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         TABLE[Role.WATCHER].user = None
 
 

@@ -5,11 +5,12 @@ Imported early by every process, so it takes in nothing but the kernel's interfa
 Capabilities, Landlock and parent-death signals belong to a thread; confine() refuses a process that has a second one.
 """
 
+from __future__ import annotations
+
 import errno
 import os
 import resource
 import signal
-from typing import Final
 
 import prctl
 
@@ -27,6 +28,10 @@ from xenvm.boundary.proof import (
     probe_open,
     read_status,
 )
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 __all__ = ["ConfineError", "Proof", "confine", "filter_program"]
 

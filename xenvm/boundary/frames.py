@@ -6,23 +6,29 @@ SOCK_SEQPACKET keeps frames apart, so a short, long or merged frame is visible a
 a neighbour. Whatever does not fit ends the connection with ProtocolError.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import select
 import socket
 import struct
 import time
-from collections.abc import Iterable
-from typing import Final
 
 from xenvm.boundary.messages import KINDS, Message
 from xenvm.errors import ProtocolError, TimeoutExpiredError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Final
 
 MAGIC: Final = b"XVMF"
 VERSION: Final = 1
 HEADER: Final = struct.Struct(">4sBBHI")
 BODY_LIMIT_BYTES: Final = 64 * 1024
 DESCRIPTOR_LIMIT: Final = 4
+_INT: Final = struct.Struct("@i")
 
 
 def encode(message: Message, descriptor_count: int = 0) -> bytes:
@@ -81,12 +87,12 @@ class Channel:
         self._socket = sock
 
     @classmethod
-    def from_descriptor(cls, descriptor: int) -> "Channel":
+    def from_descriptor(cls, descriptor: int) -> Channel:
         """Take over an inherited socket descriptor."""
         return cls(socket.socket(fileno=descriptor))
 
     @classmethod
-    def pair(cls) -> tuple["Channel", "Channel"]:
+    def pair(cls) -> tuple[Channel, Channel]:
         """Return two connected channels; neither survives an exec unless passed on by number."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         return cls(ours), cls(theirs)
@@ -133,16 +139,23 @@ class Channel:
     def receive_now(self) -> tuple[Message, list[int]] | None:
         """Like receive, but raise BlockingIOError at once when nothing has arrived."""
         try:
-            untrusted_frame, descriptors, flags, _ = socket.recv_fds(
-                self._socket, HEADER.size + BODY_LIMIT_BYTES, DESCRIPTOR_LIMIT, socket.MSG_CMSG_CLOEXEC
+            # Not socket.recv_fds: in Python 3.11 it drops its flags, and the descriptors would be inheritable.
+            untrusted_frame, ancillary, flags, _ = self._socket.recvmsg(
+                HEADER.size + BODY_LIMIT_BYTES, socket.CMSG_LEN(DESCRIPTOR_LIMIT * _INT.size), socket.MSG_CMSG_CLOEXEC
             )
         except ConnectionResetError:
             return None
+        descriptors = [
+            number
+            for level, kind, data in ancillary
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+            for (number,) in _INT.iter_unpack(data[: len(data) // _INT.size * _INT.size])
+        ]
         try:
             if not untrusted_frame and not descriptors:
                 return None
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-                raise ProtocolError("frame or descriptor list too long")
+                raise ProtocolError("frame or descriptor list too long")  # noqa: TRY301 - its descriptors are closed below
             message = decode(untrusted_frame, len(descriptors))
         except ProtocolError:
             for descriptor in descriptors:

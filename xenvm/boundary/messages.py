@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Every message that crosses between two processes of a monitor, with its one checked decoder. No I/O.
 
-A message is a frozen dataclass; CHECKS says for each field what is acceptable. An unknown or missing field, a wrong
+A message is a record; CHECKS says for each field what is acceptable. An unknown or missing field, a wrong
 type or a value out of range is a ProtocolError: the receiver ends the connection. No message from the supervisor has
 a field that could name a file, a domain or a device.
 """
 
+from __future__ import annotations
+
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Any, ClassVar, Final, Self
 
 from xenvm.errors import ExitCode, ProtocolError
+from xenvm.record import Record
 
-Check = Callable[[object], Any]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any, ClassVar, Final, Self
+
+    Check = Callable[[object], Any]
 
 INT32_MAX: Final = 2**31 - 1
 UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
+_NO_TEXT: Final = re.compile("[\0\ud800-\udfff]")
 NAME: Final = re.compile(r"[A-Za-z0-9._+-]{1,64}", re.ASCII)
 
 
@@ -32,11 +38,14 @@ def number(low: int, high: int) -> Check:
     return check
 
 
-def text(limit: int, pattern: re.Pattern[str] | None = None) -> Check:
-    """Accept a string of at most `limit` characters without NUL that matches `pattern` as a whole."""
+def string(limit: int, pattern: re.Pattern[str] | None = None) -> Check:
+    """Accept a string of at most `limit` characters that matches `pattern` as a whole.
+
+    NUL, and halves of surrogate pairs, which cannot be encoded, are not among them.
+    """
 
     def check(untrusted: object) -> str:
-        if not isinstance(untrusted, str) or len(untrusted) > limit or "\0" in untrusted:
+        if not isinstance(untrusted, str) or len(untrusted) > limit or _NO_TEXT.search(untrusted):
             raise ProtocolError(f"not a text of at most {limit} characters")
         if pattern is not None and not pattern.fullmatch(untrusted):
             raise ProtocolError("text has another form")
@@ -88,8 +97,8 @@ def table(key: Check, value: Check, limit: int) -> Check:
     return check
 
 
-class Record:
-    """A frozen dataclass whose every field has a check; nested ones appear as objects in a body."""
+class Checked(Record):
+    """A record whose every field has a check; nested ones appear as objects in a body."""
 
     CHECKS: ClassVar[Mapping[str, Check]]
 
@@ -108,18 +117,18 @@ class Record:
 
     def as_body(self) -> dict[str, object]:
         """Return the JSON form."""
-        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}  # type: ignore[arg-type]
+        return {name: _plain(getattr(self, name)) for name in self.FIELDS}
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, Record):
+    if isinstance(value, Checked):
         return value.as_body()
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return value
 
 
-class Message(Record):
+class Message(Checked):
     """A record that travels in a frame of its own; DESCRIPTORS is how many may come with it."""
 
     KIND: ClassVar[int]
@@ -176,16 +185,15 @@ class WatchEvent(StrEnum):
     RELEASED = "released"
 
 
-_UUID_TEXT = text(36, UUID)
-_NAME_TEXT = text(64, NAME)
-_PATH_TEXT = text(4095)
-_LINE_TEXT = text(1024)
+_UUID_TEXT = string(36, UUID)
+_NAME_TEXT = string(64, NAME)
+_PATH_TEXT = string(4095)
+_LINE_TEXT = string(1024)
 _SEQUENCE = number(0, INT32_MAX)
 _DOMID = number(-1, 0x7FEF)  # DOMID_FIRST_RESERVED is 0x7FF0 (xen.h); -1 means none
 
 
-@dataclass(frozen=True, slots=True)
-class Domain(Record):
+class Domain(Checked):
     """One look at a domain. `reason` is the shutdown code of xen/sched.h, -1 while the guest has not shut down."""
 
     domid: int
@@ -195,7 +203,7 @@ class Domain(Record):
     memory_kib: int
     vcpus: int
     cpu_time_ms: int
-    CHECKS = {
+    CHECKS: ClassVar = {
         "domid": _DOMID,
         "state": choice(DomainState),
         "phase": choice(Phase),
@@ -206,41 +214,37 @@ class Domain(Record):
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Fault(Record):
+class Fault(Checked):
     """Why something failed, for the user: `code` is the exit status."""
 
     code: int
     message: str
     hint: str
-    CHECKS = {"code": number(1, max(ExitCode)), "message": text(4096), "hint": text(1024)}
+    CHECKS: ClassVar = {"code": number(1, max(ExitCode)), "message": string(4096), "hint": string(1024)}
 
 
-@dataclass(frozen=True, slots=True)
-class CpuidRule(Record):
+class CpuidRule(Checked):
     """One `cpuid` line: leaf, subleaf (-1 none) and four masks of 32 characters or "", eax to edx (xenctrl.h)."""
 
     leaf: int
     subleaf: int
     masks: tuple[str, ...]
-    CHECKS = {
+    CHECKS: ClassVar = {
         "leaf": number(0, 2**32 - 1),
         "subleaf": number(-1, 2**32 - 1),
-        "masks": array(text(32, re.compile(r"([01xks]{32})?")), 4),
+        "masks": array(string(32, re.compile(r"([01xks]{32})?")), 4),
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Affinity(Record):
+class Affinity(Checked):
     """One `cpus-affinity` line: the physical CPUs that a virtual CPU may run on."""
 
     vcpu: int
     cpus: tuple[int, ...]
-    CHECKS = {"vcpu": number(0, 8191), "cpus": array(number(0, 8191), 8192)}
+    CHECKS: ClassVar = {"vcpu": number(0, 8191), "cpus": array(number(0, 8191), 8192)}
 
 
-@dataclass(frozen=True, slots=True)
-class Grants(Record):
+class Grants(Checked):
     """What the administrator's config entitles a VM to. Sealed in the broker; nothing later can widen it."""
 
     uuid: str
@@ -256,12 +260,12 @@ class Grants(Record):
     affinity: tuple[Affinity, ...]
     debug: bool
     output: str
-    CHECKS = {
+    CHECKS: ClassVar = {
         "uuid": _UUID_TEXT,
         "name": _NAME_TEXT,
         "kernel": _PATH_TEXT,
         "initrd": _PATH_TEXT,
-        "cmdline": text(1023),  # MAX_GUEST_CMDLINE of xen.h is 1024 with its NUL
+        "cmdline": string(1023),  # MAX_GUEST_CMDLINE of xen.h is 1024 with its NUL
         "memory_mib": number(1, 2**32),
         "memory_max_mib": number(1, 2**32),
         "vcpus": number(1, 8192),
@@ -273,8 +277,7 @@ class Grants(Record):
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Policy(Record):
+class Policy(Checked):
     """What the supervisor decides by, from the same config. Values are those of the config file."""
 
     startup: str
@@ -282,9 +285,9 @@ class Policy(Record):
     on_reboot: str
     on_crash: str
     shutdown_timeout_s: int
-    _ACTION: ClassVar[Check] = text(16, re.compile("destroy|reboot|preserve"))
-    CHECKS = {
-        "startup": text(16, re.compile("started|paused|shutdown")),
+    _ACTION: ClassVar[Check] = string(16, re.compile("destroy|reboot|preserve"))
+    CHECKS: ClassVar = {
+        "startup": string(16, re.compile("started|paused|shutdown")),
         "on_halt": _ACTION,
         "on_reboot": _ACTION,
         "on_crash": _ACTION,
@@ -292,15 +295,14 @@ class Policy(Record):
     }
 
 
-@dataclass(frozen=True, slots=True)
-class ConfigIssue(Record):
+class ConfigIssue(Checked):
     """One thing wrong in the config file. `line` is 0 for the file as a whole."""
 
     line: int
     text: str
     message: str
     hint: str
-    CHECKS = {"line": number(0, INT32_MAX), "text": _LINE_TEXT, "message": _LINE_TEXT, "hint": _LINE_TEXT}
+    CHECKS: ClassVar = {"line": number(0, INT32_MAX), "text": _LINE_TEXT, "message": _LINE_TEXT, "hint": _LINE_TEXT}
 
     def show(self, filename: str) -> str:
         """Return the issue as the user sees it: where and what, the text of the line, what to try."""
@@ -310,18 +312,16 @@ class ConfigIssue(Record):
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, slots=True)
 class Hello(Message):
     """A confined process is ready; `proof` is what it proved about itself."""
 
     role: str
     pid: int
     proof: str
-    KIND = 1
-    CHECKS = {"role": text(16), "pid": number(1, INT32_MAX), "proof": text(2048)}
+    KIND: ClassVar = 1
+    CHECKS: ClassVar = {"role": string(16), "pid": number(1, INT32_MAX), "proof": string(2048)}
 
 
-@dataclass(frozen=True, slots=True)
 class Init(Message):
     """Broker to supervisor, first: whom it serves. `first` is false after the supervisor had to be replaced.
 
@@ -341,8 +341,8 @@ class Init(Message):
     read_gid: int
     policy: Policy
     fields: dict[str, str]
-    KIND = 2
-    CHECKS = {
+    KIND: ClassVar = 2
+    CHECKS: ClassVar = {
         "uuid": _UUID_TEXT,
         "name": _NAME_TEXT,
         "config_file": _PATH_TEXT,
@@ -354,11 +354,10 @@ class Init(Message):
         "all_gid": number(-1, INT32_MAX),
         "read_gid": number(-1, INT32_MAX),
         "policy": Policy.from_body,
-        "fields": table(text(64), text(32768), 256),
+        "fields": table(string(64), string(32768), 256),
     }
 
 
-@dataclass(frozen=True, slots=True)
 class Ask(Message):
     """Supervisor to broker: do this. `text` is for STARTED alone: the outcome to show whoever started the monitor."""
 
@@ -366,44 +365,40 @@ class Ask(Message):
     op: Op
     text: str
     code: int
-    KIND = 3
-    CHECKS = {"sequence": _SEQUENCE, "op": choice(Op), "text": text(4096), "code": number(0, max(ExitCode))}
+    KIND: ClassVar = 3
+    CHECKS: ClassVar = {"sequence": _SEQUENCE, "op": choice(Op), "text": string(4096), "code": number(0, max(ExitCode))}
 
 
-@dataclass(frozen=True, slots=True)
 class Done(Message):
     """The asked-for thing happened; `domain` is the newest look at it. CONSOLE sends a descriptor along."""
 
     sequence: int
     domain: Domain
     text: str
-    KIND = 4
-    DESCRIPTORS = 1
-    CHECKS = {"sequence": _SEQUENCE, "domain": Domain.from_body, "text": text(32768)}
+    KIND: ClassVar = 4
+    DESCRIPTORS: ClassVar = 1
+    CHECKS: ClassVar = {"sequence": _SEQUENCE, "domain": Domain.from_body, "text": string(32768)}
 
 
-@dataclass(frozen=True, slots=True)
 class Failed(Message):
     """It did not happen; nothing of it is left unless the fault says so."""
 
     sequence: int
     fault: Fault
     domain: Domain
-    KIND = 5
-    CHECKS = {"sequence": _SEQUENCE, "fault": Fault.from_body, "domain": Domain.from_body}
+    KIND: ClassVar = 5
+    CHECKS: ClassVar = {"sequence": _SEQUENCE, "fault": Fault.from_body, "domain": Domain.from_body}
 
 
-@dataclass(frozen=True, slots=True)
 class Progress(Message):
     """A step of a long request has begun."""
 
     sequence: int
     step: str
-    KIND = 6
-    CHECKS = {"sequence": _SEQUENCE, "step": text(64)}
+    KIND: ClassVar = 6
+    CHECKS: ClassVar = {"sequence": _SEQUENCE, "step": string(64)}
 
 
-@dataclass(frozen=True, slots=True)
 class Job(Message):
     """Broker to builder: its one request. BUILD brings the kernel and, if granted, the initrd as descriptors."""
 
@@ -411,21 +406,19 @@ class Job(Message):
     uuid: str
     domid: int
     grants: Grants
-    KIND = 7
-    DESCRIPTORS = 2
-    CHECKS = {"op": choice(Op), "uuid": _UUID_TEXT, "domid": _DOMID, "grants": Grants.from_body}
+    KIND: ClassVar = 7
+    DESCRIPTORS: ClassVar = 2
+    CHECKS: ClassVar = {"op": choice(Op), "uuid": _UUID_TEXT, "domid": _DOMID, "grants": Grants.from_body}
 
 
-@dataclass(frozen=True, slots=True)
 class Watch(Message):
     """Watcher to supervisor."""
 
     event: WatchEvent
-    KIND = 8
-    CHECKS = {"event": choice(WatchEvent)}
+    KIND: ClassVar = 8
+    CHECKS: ClassVar = {"event": choice(WatchEvent)}
 
 
-@dataclass(frozen=True, slots=True)
 class Parsed(Message):
     """Parser to whoever gave it the file: issues, or the grants and the policy (then `issues` is empty).
 
@@ -440,33 +433,31 @@ class Parsed(Message):
     initrd: str
     lines: dict[str, int]
     uuid_given: bool
-    KIND = 9
-    CHECKS = {
+    KIND: ClassVar = 9
+    CHECKS: ClassVar = {
         "issues": array(ConfigIssue.from_body, 256),
         "grants": array(Grants.from_body, 1),
         "policy": array(Policy.from_body, 1),
-        "fields": table(text(64), text(32768), 256),
+        "fields": table(string(64), string(32768), 256),
         "kernel": _PATH_TEXT,
         "initrd": _PATH_TEXT,
-        "lines": table(text(64), number(0, INT32_MAX), 256),
+        "lines": table(string(64), number(0, INT32_MAX), 256),
         "uuid_given": flag,
     }
 
 
-@dataclass(frozen=True, slots=True)
 class Outcome(Message):
     """Broker to whoever started the monitor: it has reached its startup state (code 0), or why not."""
 
     code: int
     uuid: str
     text: str
-    KIND = 10
-    CHECKS = {"code": number(0, max(ExitCode)), "uuid": text(36), "text": text(60000)}
+    KIND: ClassVar = 10
+    CHECKS: ClassVar = {"code": number(0, max(ExitCode)), "uuid": string(36), "text": string(60000)}
 
 
 KINDS: Final[Mapping[int, type[Message]]] = {
-    message.KIND: message
-    for message in (Hello, Init, Ask, Done, Failed, Progress, Job, Watch, Parsed, Outcome)
+    message.KIND: message for message in (Hello, Init, Ask, Done, Failed, Progress, Job, Watch, Parsed, Outcome)
 }
 
 NO_DOMAIN: Final = Domain(-1, DomainState.ABSENT, Phase.NONE, -1, 0, 0, 0)

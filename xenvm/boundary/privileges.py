@@ -8,11 +8,17 @@ The kinds of descriptors: "/dev/null" and other device paths stand for themselve
 "anon_inode:..." is what the kernel shows in /proc/PID/fd.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from __future__ import annotations
+
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Final
+
+from xenvm.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Final
 
 
 class Role(StrEnum):
@@ -44,8 +50,7 @@ XEN_IOCTLS: Final[frozenset[int]] = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(Record):
     """Everything one role may hold or do.
 
     `user` None: stays root. `capabilities` is the permitted, effective and bounding set; inheritable and ambient are
@@ -241,8 +246,8 @@ _ROWS: Final = (
         # 3 the broker, 4 the config file
         descriptors=_frozen({3: SOCKET, 4: FILE}),
         extra_descriptors=frozenset(),
-        # A config file that needs more than this is an attack: 256 MiB of addresses, a minute of processor.
-        limits=_limits(NPROC=0, FSIZE=LOG_SIZE_LIMIT, NOFILE=32, AS=256 << 20, CPU=60),
+        # A config file that needs more than this is an attack: 256 MiB of addresses, 30 seconds of processor.
+        limits=_limits(NPROC=0, FSIZE=LOG_SIZE_LIMIT, NOFILE=32, AS=256 << 20, CPU=30),
         lifetime=ONE_REQUEST,
         requests=("parse",),
     ),

@@ -5,15 +5,20 @@ The kernel shows identity, capabilities, no_new_privs and the seccomp mode in /p
 the process tries what must not work, and a refusal that does not come is an error.
 """
 
+from __future__ import annotations
+
 import errno
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Final
 
 from xenvm._confine import lib
 from xenvm.boundary.privileges import PROT_EXEC
 from xenvm.errors import XenvmError
+from xenvm.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from typing import Final
 
 # The five sets as /proc/PID/status names them, proc(5).
 CAPABILITY_SETS: Final = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
@@ -46,8 +51,7 @@ class ConfineError(XenvmError):
     """The process could not be confined, or a probe showed that it is not; it must end at once."""
 
 
-@dataclass(frozen=True, slots=True)
-class Proof:
+class Proof(Record):
     """What confine() did, as the kernel shows it afterwards.
 
     `identity_changed` is False where the process kept the uid it was started with. `capabilities` are the five sets
@@ -86,8 +90,7 @@ class Proof:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
+class Status(Record):
     """The lines of /proc/PID/status that bear on privilege."""
 
     uids: tuple[int, ...]

@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Start a process of xenvm: a fresh interpreter, an empty environment, exactly the listed descriptors."""
 
+from __future__ import annotations
+
 import fcntl
 import os
 import sys
-from collections.abc import Mapping
-from typing import Final
 
-from xenvm.boundary.privileges import Role
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Final
+
 
 _START: Final = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "_start.py")  # noqa: PTH100, PTH118, PTH120 - pathlib costs 5 ms at each start
 _ABOVE_TARGETS: Final = 64  # sources are copied above every fixed number first, so that no copy overwrites another
 
 
-def command(role: Role, *arguments: str) -> list[str]:
-    """Return the argument list that starts `role`."""
-    return [sys.executable, "-I", "-S", "-B", _START, role.value, *arguments]
+def command(role: str, *arguments: str) -> list[str]:
+    """Return the argument list that starts `role`, a value of privileges.Role (or the member, which is a str too)."""
+    return [sys.executable, "-I", "-S", "-B", _START, role, *arguments]
 
 
-def spawn(role: Role, descriptors: Mapping[int, int], *arguments: str, new_session: bool = False) -> int:
+def spawn(role: str, descriptors: Mapping[int, int], *arguments: str, new_session: bool = False) -> int:
     """Start a process of `role` with `descriptors` (number there to number here); return its pid.
 
     All other descriptors stay behind: Python opens each close-on-exec.

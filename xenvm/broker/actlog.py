@@ -3,59 +3,110 @@
 
 Changing, removing or inserting a record breaks the chain from there on, which `xenvm-audit verify` shows. It is
 evidence against the helpers and the supervisor, who cannot write it; root on this host can of course write it anew.
+Nothing in the file tells that records are missing at its end.
 """
 
+from __future__ import annotations
+
+import errno
 import hashlib
+import io
 import json
 import os
 import time
-from collections.abc import Iterator
-from typing import Final
 
 from xenvm.errors import XenvmError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Final
 
 GENESIS: Final = "0" * 64
 SIZE_LIMIT_BYTES: Final = 16 << 20
 TAIL_BYTES: Final = 16384
 
 
-def _digest(record: dict[str, object]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
+def _bytes(record: dict[str, object]) -> bytes:
+    """Give the one way a record is written; its hash covers these bytes, without the hash itself."""
+    return json.dumps(record, separators=(",", ":")).encode("ascii")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _record(line: bytes) -> dict[str, object] | None:
+    """Return what a line without its newline says; None unless it is, byte for byte, a record with a true hash."""
+    try:
+        record = json.loads(line.decode("ascii"))
+        if _bytes(record) != line:
+            return None
+        claimed = record.pop("hash")
+        sound = type(record["n"]) is int and isinstance(record["previous"], str) and _digest(_bytes(record)) == claimed
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return record | {"hash": claimed} if sound else None
+
+
+def _torn(remains: bytes) -> dict[str, object]:
+    """Describe what stands where a record should be, for the record after it."""
+    if not remains:
+        return {"torn": 0}
+    remains = remains.removesuffix(b"\n")
+    return {"torn": len(remains), "torn_hash": _digest(remains)}
 
 
 class ActLog:
     """An append-only file; each record is on the disk before the act it announces begins."""
 
     def __init__(self, path: str) -> None:
-        """Open or make the log at `path`; one that has grown over 16 MiB becomes PATH.1 and the chain goes on."""
+        """Open or make the log at `path`; one that has grown over 16 MiB becomes PATH.1 and the chain goes on.
+
+        The record `opened` tells the length in bytes and the hash of what a power loss left of the last records.
+        """
         self._number, self._previous = 0, GENESIS
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         self._descriptor = os.open(path, flags, 0o600)
-        torn = self._find_end()
+        remains, ended = self._find_end(self._descriptor)
+        if self._number == 0 and os.path.exists(path + ".1"):  # noqa: PTH110 - the power went between the two files
+            remains = self._end_of(path + ".1") + remains
+        if not ended:
+            self._write(b"\n")
         if os.fstat(self._descriptor).st_size > SIZE_LIMIT_BYTES:
             os.rename(path, path + ".1")  # noqa: PTH104 - pathlib costs 5 ms at each start
             os.close(self._descriptor)
             self._descriptor = os.open(path, flags, 0o600)
-        elif torn:
-            os.write(self._descriptor, b"\n")
-        self.append("opened", pid=os.getpid(), torn=torn)
+        self.append("opened", pid=os.getpid(), **_torn(remains))
 
-    def _find_end(self) -> int:
-        """Take number and hash of the last whole record; return the bytes of a torn one after it."""
-        size = os.fstat(self._descriptor).st_size
-        tail = os.pread(self._descriptor, TAIL_BYTES, max(0, size - TAIL_BYTES))
-        whole, _, rest = tail.rpartition(b"\n")
-        for line in reversed(whole.split(b"\n")):
-            try:
-                record = json.loads(line)
-                self._number, self._previous = int(record["n"]), str(record["hash"])
-            except (ValueError, KeyError, TypeError):
-                continue
-            break
-        return len(rest)
+    def _end_of(self, path: str) -> bytes:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            return self._find_end(descriptor)[0]
+        finally:
+            os.close(descriptor)
+
+    def _find_end(self, descriptor: int) -> tuple[bytes, bool]:
+        """Take number and hash of the last whole record.
+
+        Return what follows it, and whether the file ends with a newline. Nearly always the first look finds the
+        record; only a damaged file is read further back.
+        """
+        size, taken = os.fstat(descriptor).st_size, TAIL_BYTES
+        while True:
+            tail = os.pread(descriptor, taken, max(0, size - taken))
+            lines = io.BytesIO(tail).readlines()[0 if taken >= size else 1 :]
+            for place in range(len(lines) - 1, -1, -1):
+                record = _record(lines[place].removesuffix(b"\n"))
+                if record is not None:
+                    self._number, self._previous = int(str(record["n"])), str(record["hash"])
+                    return b"".join(lines[place + 1 :]), tail.endswith(b"\n")
+            if taken >= size:
+                return tail, tail.endswith(b"\n") or not tail
+            taken *= 4
 
     def append(self, act: str, **details: object) -> None:
-        """Write one record and wait until it is on the disk."""
+        """Write one record and wait until it is on the disk; OSError when it is not, and then nothing of it stays."""
         record: dict[str, object] = {
             "n": self._number + 1,
             "time": round(time.time(), 3),
@@ -63,37 +114,51 @@ class ActLog:
             **details,
             "previous": self._previous,
         }
-        record["hash"] = _digest(record)
-        os.write(self._descriptor, json.dumps(record, separators=(",", ":")).encode("ascii") + b"\n")
-        os.fdatasync(self._descriptor)
+        record["hash"] = _digest(_bytes(record))
+        self._write(_bytes(record) + b"\n")
         self._number, self._previous = self._number + 1, str(record["hash"])
 
+    def _write(self, data: bytes) -> None:
+        before = os.fstat(self._descriptor).st_size
+        if os.write(self._descriptor, data) != len(data):
+            os.ftruncate(self._descriptor, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fdatasync(self._descriptor)
 
-def read(path: str) -> Iterator[dict[str, object]]:
-    """Yield the records of the log at `path`, checking the chain; raise XenvmError at the first line that breaks it.
 
-    A torn line is accepted only where the next record says that it found one, as a monitor does after a power loss.
+def read(*paths: str) -> Iterator[dict[str, object]]:
+    """Yield the records of the log in the files `paths`, oldest file first, checking one chain through all of them.
+
+    The chain must start at its first record, except in a file whose name ends in `.1`: those before it were rotated
+    away. Raise XenvmError, naming file and line, where the chain breaks. What is no record is accepted only where the
+    record after it tells length and hash of it, as a monitor does after a power loss.
     """
-    number, previous, torn = 0, "", 0
-    with open(path, encoding="ascii", errors="replace") as lines:  # noqa: PTH123
-        for place, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                claimed = record.pop("hash")
-                fits = _digest(record) == claimed
-                told = record["previous"], record["n"]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                if torn:
-                    raise XenvmError(f"{path}:{place}: two broken records in a row") from None
-                torn = len(line.rstrip("\n"))
-                continue
-            if not fits:
-                raise XenvmError(f"{path}:{place}: the record does not match its hash")
-            if place > 1 and told != (previous, number + 1) and previous:
-                raise XenvmError(f"{path}:{place}: the chain is broken before this record")
-            if torn and record.get("torn") != torn:
-                raise XenvmError(f"{path}:{place - 1}: a broken record that no monitor reported")
-            number, previous, torn = record["n"], claimed, 0
-            yield record | {"hash": claimed}
-    if torn:
-        raise XenvmError(f"{path}: the last record is broken", hint="normal only after a power loss; see the time")
+    number, previous = 0, "" if paths and paths[0].endswith(".1") else GENESIS
+    broken, where = b"", ""
+    for path in paths:
+        with open(path, "rb") as lines:  # noqa: PTH123
+            for place, line in enumerate(lines, 1):
+                here = f"{path}:{place}"
+                record = _record(line.removesuffix(b"\n")) if line.endswith(b"\n") else None
+                if record is None:
+                    broken, where = broken + line, where or here
+                    continue
+                if not previous and not broken:
+                    pass  # what the first record found stood in a file that is gone
+                elif record.get("act") == "opened":
+                    if {name: record[name] for name in ("torn", "torn_hash") if name in record} != _torn(broken):
+                        raise XenvmError(f"{where or here}: not what the monitor found here when it started")
+                elif broken:
+                    raise XenvmError(f"{where}: no true record, and no monitor reported that")
+                if (record["previous"], record["n"]) != (previous, number + 1) and not _middle(record, previous):
+                    raise XenvmError(f"{here}: the chain is broken before this record")
+                number, previous = int(str(record["n"])), str(record["hash"])
+                broken, where = b"", ""
+                yield record
+    if broken:
+        raise XenvmError(f"{where}: no true record at the end", hint="normal only after a power loss; see the time")
+
+
+def _middle(record: dict[str, object], previous: str) -> bool:
+    """Tell whether a chain whose beginning was rotated away may start with this record."""
+    return not previous and (record["n"] == 1) == (record["previous"] == GENESIS)

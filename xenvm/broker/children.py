@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Child processes of the broker: started, watched by pidfd, ended, reaped."""
 
+from __future__ import annotations
+
 import os
 import select
 import signal
-from collections.abc import Mapping
-from typing import Final
+import socket
 
-from xenvm.boundary.frames import Channel
-from xenvm.boundary.messages import Hello
-from xenvm.boundary.privileges import Role
 from xenvm.boundary.spawn import spawn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Final
+
+    from xenvm.boundary.frames import Channel
+    from xenvm.boundary.messages import Hello
+    from xenvm.boundary.privileges import Role
 
 END_WAIT_MS: Final = 5000
 CHANNEL_THERE: Final = 3
@@ -19,20 +26,30 @@ CHANNEL_THERE: Final = 3
 class Child:
     """One running child; its channel is its descriptor 3."""
 
-    def __init__(self, role: Role, log: int, extra: Mapping[int, int], uuid: str) -> None:
+    def __init__(self, role: Role, log: int, extra: Mapping[int, int], *arguments: str) -> None:
         """Start a child of `role` whose output goes to the descriptor `log`."""
         self.role = role
-        self.channel, theirs = Channel.pair()
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._channel: Channel | None = None
         null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         try:
             descriptors = {0: null, 1: log, 2: log, CHANNEL_THERE: theirs.fileno(), **extra}
-            self.pid = spawn(role, descriptors, uuid)
+            self.pid = spawn(role, descriptors, *arguments)
         finally:
             theirs.close()
             os.close(null)
         self.pidfd = os.pidfd_open(self.pid)
         self.status: int | None = None
         self._greeted = False
+
+    @property
+    def channel(self) -> Channel:
+        """The channel to the child, made when first used: a child can start before all is imported here."""
+        if self._channel is None:
+            from xenvm.boundary.frames import Channel  # noqa: PLC0415
+
+            self._channel = Channel(self._socket)
+        return self._channel
 
     def greets(self, hello: Hello) -> bool:
         """Tell whether this is the one greeting of this very child."""
@@ -66,6 +83,6 @@ class Child:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
             poll.poll(END_WAIT_MS)
         self.ended()
-        self.channel.close()
+        self._socket.close()
         os.close(self.pidfd)
         self.pidfd = -1

@@ -5,16 +5,15 @@ It never touches Xen, a guest, or text from outside. The domid is its own knowle
 that is not legal in the present phase is refused, and nothing a supervisor sends can name a file or a domain.
 """
 
+from __future__ import annotations
+
 import os
 import select
 import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Final
 
-from xenvm.boundary.frames import Channel
 from xenvm.boundary.messages import (
     NO_DOMAIN,
     Ask,
@@ -35,16 +34,22 @@ from xenvm.boundary.messages import (
 )
 from xenvm.boundary.privileges import Role
 from xenvm.broker import host
-from xenvm.broker.actlog import ActLog
 from xenvm.broker.children import Child
 from xenvm.broker.phases import PERMITS, REBUILDING, START_DEADLINE_S, VmPhase
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Final
+
+    from xenvm.broker.actlog import ActLog
+
+    Reload = Callable[[], tuple[Grants, Policy, dict[str, str]]]
+
 RESTARTS_PER_MINUTE: Final = 5
 LISTENER_THERE, WATCHER_THERE, SUPERVISOR_THERE = 4, 5, 4
 STARTUP_OPS: Final = {"started": Op.START, "paused": Op.START_PAUSED, "shutdown": Op.FIND}
-
-Reload = Callable[[], tuple[Grants, Policy, dict[str, str]]]
 
 
 class _Work:
@@ -148,7 +153,7 @@ class Broker:
         return self._work.builder if self._work else None
 
     def _end_children(self) -> None:
-        """The supervisor gets a moment to flush its last replies; the others have nothing to lose."""
+        """End all children; the supervisor gets a moment to flush its last replies."""
         if self._work:
             self._acts.append("ended job", op=self._work.op.value)
         if self._supervisor:
@@ -219,7 +224,7 @@ class Broker:
                 self._gone(child)
 
     def _gone(self, child: Child) -> None:
-        """A child has ended by itself: replace it, or finish its job."""
+        """Replace a child that has ended by itself, or finish its job."""
         if self._work and child is self._work.builder:
             self._finish()
             return
@@ -303,7 +308,7 @@ class Broker:
             os.close(descriptor)
 
     def _known(self) -> Domain:
-        """What the broker knows without asking: enough for an answer about something else."""
+        """Return what the broker knows without asking: enough for an answer about something else."""
         if self._phase is not VmPhase.BUILT:
             return NO_DOMAIN
         return Domain(self._domid, DomainState.RUNNING, Phase.BUILT, -1, 0, 0, 0)
@@ -325,7 +330,7 @@ class Broker:
                 os.close(descriptor)
 
     def _finish(self) -> None:
-        """The builder has answered or is gone: learn from it, tidy up behind it, tell the supervisor."""
+        """Learn from a builder that has answered or is gone, tidy up behind it, tell the supervisor."""
         work = self._work
         if work is None:
             return

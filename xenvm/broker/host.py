@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the broker opens on the host: lock, command socket, logs, and the files that the config grants."""
 
+from __future__ import annotations
+
 import fcntl
 import grp
 import os
 import socket
 import stat
-from typing import Final
 
 from xenvm.boundary.messages import ConfigIssue, Grants, Parsed
 from xenvm.errors import BusyError, XenvmError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 LOG_DIRECTORY: Final = "/var/log/xenvm"
 CONSOLE_LOG_DIRECTORY: Final = "/var/log/xen/console"
@@ -65,7 +70,7 @@ def listen(directory: str, uuid: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     remove(path)
     listener.bind(path)
-    os.chmod(path, 0o666)  # noqa: PTH101
+    os.chmod(path, 0o666)  # noqa: PTH101, S103
     listener.listen(BACKLOG)
     listener.setblocking(False)
     return listener

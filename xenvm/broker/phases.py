@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The phase table: which request of the supervisor is legal when, how often, and how long it may take. Pure data."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from __future__ import annotations
+
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Final
 
 from xenvm.boundary.messages import Op
+from xenvm.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Final
 
 
 class VmPhase(StrEnum):
@@ -18,8 +23,7 @@ class VmPhase(StrEnum):
     BUILT = "built"
 
 
-@dataclass(frozen=True, slots=True)
-class Permit:
+class Permit(Record):
     """One request: the phases it is legal in, how many a minute, and the seconds its helper gets (0: no helper)."""
 
     phases: frozenset[VmPhase]

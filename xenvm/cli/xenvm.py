@@ -4,16 +4,20 @@
 Run by root it only opens the config file and starts the broker; a process without privilege reads the file.
 """
 
+from __future__ import annotations
+
 import os
 import socket
 import sys
-from typing import Final
 
-from xenvm.boundary.frames import Channel
-from xenvm.boundary.messages import ConfigIssue, Outcome, Parsed
-from xenvm.boundary.privileges import Role
 from xenvm.boundary.spawn import command, spawn
 from xenvm.errors import ExitCode, ProtocolError, TimeoutExpiredError, UsageError, XenvmError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
+    from xenvm.boundary.messages import Parsed
 
 USAGE: Final = """\
 usage: xenvm [--foreground] FILE       start the monitor of the VM that FILE describes
@@ -69,12 +73,16 @@ def _start(path: str, config: int, *, foreground: bool) -> int:
     if foreground:
         os.dup2(config, CONFIG)
         notify = os.environ.get("NOTIFY_SOCKET", "")
-        argv = command(Role.BROKER, path, directory, "foreground", notify)
+        argv = command("broker", path, directory, "foreground", notify)
         os.execve(argv[0], argv, {})  # noqa: S606 - a fixed list, no shell
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         inherited = {0: os.open("/dev/null", os.O_RDWR), 1: 2, 2: 2, STATUS: theirs.fileno(), CONFIG: config}
-        spawn(Role.BROKER, inherited, path, directory, "background", "", new_session=True)
+        spawn("broker", inherited, path, directory, "background", "", new_session=True)
+    # Below the spawn, so that the broker starts while this process imports.
+    from xenvm.boundary.frames import Channel  # noqa: PLC0415
+    from xenvm.boundary.messages import Outcome  # noqa: PLC0415
+
     received = Channel(ours).receive(deadline_s=START_WAIT_S)
     if received is None:
         raise XenvmError("the monitor ended without a word", hint="its log is in /var/log/xenvm")
@@ -92,11 +100,14 @@ def _check(path: str, config: int) -> int:
     """Have the file parsed as for a start, and look whether the files it names can be opened."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        pid = spawn(Role.PARSER, {0: config, 1: 2, 2: 2, STATUS: theirs.fileno(), CONFIG: config}, path)
+        pid = spawn("parser", {0: config, 1: 2, 2: 2, STATUS: theirs.fileno(), CONFIG: config}, path)
+    from xenvm.boundary import messages  # noqa: PLC0415
+    from xenvm.boundary.frames import Channel  # noqa: PLC0415 - while the parser starts
+
     channel = Channel(ours)
     try:
         while (received := channel.receive(deadline_s=PARSE_WAIT_S)) is not None:
-            if isinstance(received[0], Parsed):
+            if isinstance(received[0], messages.Parsed):
                 return _report(path, received[0])
     except TimeoutExpiredError:
         os.kill(pid, 9)
@@ -107,6 +118,8 @@ def _check(path: str, config: int) -> int:
 
 
 def _report(path: str, parsed: Parsed) -> int:
+    from xenvm.boundary.messages import ConfigIssue  # noqa: PLC0415 - see above
+
     issues = [*parsed.issues]
     for key, image in (("kernel", parsed.kernel), ("initrd", parsed.initrd)):
         if image and not os.access(image, os.R_OK):

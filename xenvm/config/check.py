@@ -2,7 +2,6 @@
 """Rules that need more than one line: guest type, what is missing, what is given twice, what contradicts itself."""
 
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field, replace
 from typing import Final
 
 from xenvm.config.devices import MAX_NIC_ID, UNNUMBERED
@@ -24,10 +23,10 @@ from xenvm.model import (
     Uuid,
     disk_slot,
 )
+from xenvm.record import Record
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(Record):
     """One line with a known key; `sound` tells whether `value` was understood."""
 
     line: int
@@ -41,11 +40,11 @@ class Entry:
         return Issue(self.line, self.key.name, self.text, f"`{self.key.name}`: {message}", hint)
 
 
-@dataclass(slots=True)
 class Draft:
     """The lines of a file by the field of Config they set; `hvm` is None while its own line is in error."""
 
-    entries: dict[str, list[Entry]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.entries: dict[str, list[Entry]] = {}
 
     def given(self, name: str) -> list[Entry]:
         """Return all lines of a field, sound or not."""
@@ -84,7 +83,7 @@ def number_nics(draft: Draft) -> None:
     free = (number for number in range(MAX_NIC_ID + 1) if number not in taken)
     for index, entry in enumerate(entries):
         if isinstance(entry.value, NicSpec) and entry.value.id == UNNUMBERED:
-            entries[index] = replace(entry, value=replace(entry.value, id=next(free, UNNUMBERED)))
+            entries[index] = entry.but(value=entry.value.but(id=next(free, UNNUMBERED)))
 
 
 def _guest_type(draft: Draft) -> Iterator[Issue]:

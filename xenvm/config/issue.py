@@ -2,16 +2,16 @@
 """What can be said against a config file, and how it is shown."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final
+
+from xenvm.record import Record
 
 _SHOWN_LENGTH: Final = 160
 _QUOTED_LENGTH: Final = 64
 _NAME_LENGTH: Final = 4096  # PATH_MAX of linux/limits.h
 
 
-@dataclass(frozen=True, slots=True)
-class Issue:
+class Issue(Record):
     """One error in a config file; `line` counts from 1, 0 stands for the file as a whole."""
 
     line: int

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a row of the table of keys holds; the rows are in guest_keys, device_keys and machine_keys."""
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
 from xenvm.config.scalars import Parser
+from xenvm.record import Record
 
 
 class Guests(StrEnum):
@@ -39,8 +39,7 @@ class _Required:
 REQUIRED: Final = _Required()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Key:
+class Key(Record, kw_only=True):
     """One key: where its value goes in Config, what it takes, what it does."""
 
     name: str

@@ -2,7 +2,6 @@
 """From the text of a config file to a Config, or to every error in it at once; nothing is dropped without a word."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -12,6 +11,7 @@ from xenvm.config.key import REQUIRED
 from xenvm.config.keys import KEYS, find, refused, spellings
 from xenvm.config.schema import Config
 from xenvm.errors import ConfigError
+from xenvm.record import Record
 
 __all__ = ["MAX_FILE_BYTES", "Issue", "ParseResult", "format_issue", "parse_bytes", "parse_text"]
 
@@ -20,8 +20,7 @@ _MAX_SUGGESTIONS: Final = 100
 _BYTE_ORDER_MARK: Final = "\ufeff"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParseResult:
+class ParseResult(Record, kw_only=True):
     """What came of a file: a config without issues, or issues without a config.
 
     `partial` holds the fields that were understood, `lines` the line each field is given in first.

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Keys that earlier xenvm knew and this one refuses, each with the reason and, where there is one, the way out."""
 
-from dataclasses import dataclass
 from typing import Final
 
+from xenvm.record import Record
 
-@dataclass(frozen=True, slots=True)
-class RefusedKey:
+
+class RefusedKey(Record):
     """A key known by name only."""
 
     name: str

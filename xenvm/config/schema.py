@@ -4,8 +4,6 @@
 A Config is made by `xenvm.config.parse` alone, so whoever holds one may rely on every rule having been checked.
 """
 
-from dataclasses import dataclass
-
 from xenvm.model import (
     Action,
     AffinitySpec,
@@ -21,10 +19,10 @@ from xenvm.model import (
     StartupKind,
     Uuid,
 )
+from xenvm.record import Record
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
+class Config(Record, kw_only=True):
     """What the administrator wants of one VM; None stands for "not set" and leaves the choice to xenvm or the host."""
 
     # identity and life cycle

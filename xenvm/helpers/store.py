@@ -6,16 +6,21 @@ Its Client takes the object that carries packets as an argument; the Router here
 answer, in the calling thread, within a deadline.
 """
 
+from __future__ import annotations
+
 import errno
 import socket
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, Final
 
 from pyxs import Client, PyXSError
 from pyxs._internal import NUL, Op, Packet, next_rq_id
 
 from xenvm.errors import TimeoutExpiredError, XenvmError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any, Final
 
 PAYLOAD_LIMIT_BYTES: Final = 4096  # XENSTORE_PAYLOAD_MAX, xen/io/xs_wire.h
 SOCKET_PATHS: Final = ("/run/xenstored/socket", "/var/run/xenstored/socket")
@@ -46,7 +51,7 @@ def connect() -> socket.socket:
 class _Answer:
     """What Client waits for: the answer to one packet."""
 
-    def __init__(self, router: "Router", sent: Packet) -> None:
+    def __init__(self, router: Router, sent: Packet) -> None:
         self._router = router
         self._sent = sent
 

@@ -5,20 +5,26 @@ It has no privilege at all, not even to open a file: whether the kernel exists i
 `_start.py parser FILENAME`, the name being for messages only.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 import uuid as uuids
-from collections.abc import Iterator
-from typing import Final
 
 from xenvm.boundary.frames import BODY_LIMIT_BYTES
 from xenvm.boundary.messages import Affinity, ConfigIssue, CpuidRule, Grants, Parsed, Policy
 from xenvm.boundary.privileges import Role
 from xenvm.config.dump import fields
 from xenvm.config.parse import MAX_FILE_BYTES, ParseResult, parse_bytes
-from xenvm.config.schema import Config
 from xenvm.helpers import serve
 from xenvm.model import DisplayKind, StartupKind
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Final
+
+    from xenvm.config.schema import Config
 
 CONFIG: Final = 4
 ISSUES_LIMIT: Final = 200

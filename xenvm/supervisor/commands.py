@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The one table of commands a monitor answers: who may, with which arguments, under which other names."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from __future__ import annotations
+
 from types import MappingProxyType
-from typing import Final
 
 from xenvm.errors import UsageError
+from xenvm.record import Record
 from xenvm.supervisor.states import Event
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Final
 
 TRUE: Final = frozenset({"true", "yes", "y", "1"})
 FALSE: Final = frozenset({"false", "no", "n", "0"})
 TIMEOUT_MAX_S: Final = 86400.0
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(Record):
     """One command. `event` is what it does to the state machine; `reading` ones are open to the read-only group."""
 
     event: Event | None = None

@@ -5,16 +5,21 @@ The wire is the original's: a 4-byte big-endian length and a JSON-RPC 2.0 reques
 gets a bare JSON reply and the end of the connection; one that sends `"xenvm": 1` gets framed replies and may go on.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
 import socket
 import struct
 import time
-from collections.abc import Mapping
-from typing import Final
 
 from xenvm.errors import ExitCode, ProtocolError, UsageError, XenvmError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Final
 
 LENGTH: Final = struct.Struct(">I")
 REQUEST_LIMIT_BYTES: Final = 64 * 1024
@@ -191,9 +196,7 @@ def accept(listener: socket.socket, rights: Rights, clients: list[Client]) -> Cl
 
 def _peer(connection: socket.socket) -> tuple[int, frozenset[int]]:
     """Return uid and groups of the peer as they were when it connected (SO_PEERCRED, SO_PEERGROUPS)."""
-    _pid, uid, gid = CREDENTIALS.unpack(
-        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
-    )
+    _pid, uid, gid = CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))
     groups = {gid}
     with contextlib.suppress(OSError):
         packed = connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, GROUPS_LIMIT * 4)

@@ -4,16 +4,13 @@
 It holds no privilege, no path and no domid that means anything to the broker. Between events it makes no system call.
 """
 
+from __future__ import annotations
+
 import os
 import select
-import socket
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Final
 
-from xenvm.boundary.frames import Channel
 from xenvm.boundary.messages import (
     Ask,
     Domain,
@@ -27,16 +24,33 @@ from xenvm.boundary.messages import (
     Progress,
     Watch,
 )
-from xenvm.errors import BusyError, ExitCode, ProtocolError, TimeoutExpiredError, UsageError, WrongStateError, XenvmError
+from xenvm.errors import (
+    BusyError,
+    ExitCode,
+    ProtocolError,
+    TimeoutExpiredError,
+    UsageError,
+    WrongStateError,
+    XenvmError,
+)
+from xenvm.record import Record
 from xenvm.supervisor import commands
 from xenvm.supervisor.control import PARSE_ERROR, REQUEST_WAIT_S, Client, Request, Rights, accept
 from xenvm.supervisor.machine import Happening, Vm, seen, step
 from xenvm.supervisor.states import ALIVE, ENDED, STABLE, Event, State
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+    from typing import Final
+
+    from xenvm.boundary.frames import Channel
+
 QUERY_PAUSE_S: Final = 1.0  # between two looks at the domain, however many others end on this host
 WAIT_DEFAULT_S: Final = 60.0
 BUILDS: Final = frozenset({Op.START, Op.START_PAUSED, Op.FIND, Op.BUILD, Op.BUILD_PAUSED, Op.REBUILD})
-ANYWHERE: Final = frozenset(State)
+REQUESTS: Final = frozenset({Op.ASK_POWEROFF, Op.ASK_REBOOT, Op.FORCE_POWEROFF})  # a guest that runs on is no news
 GOALS: Final = {
     "start": ALIVE,
     "pause": frozenset({State.PAUSED}),
@@ -47,20 +61,18 @@ GOALS: Final = {
 }
 
 
-@dataclass(slots=True)
 class Operation:
-    """The one command that is changing the VM."""
+    """The one command that is changing the VM. `deadline_s` is when the guest has ignored a request; 0: never."""
 
-    name: str
-    client: Client | None
-    identifier: object
-    since_s: float
-    deadline_s: float = 0.0  # when the guest has ignored the request; 0: no such wait
-    force: bool = False
+    __slots__ = ("client", "deadline_s", "force", "identifier", "name", "since_s")
+
+    def __init__(self, name: str, client: Client | None, identifier: object, since_s: float) -> None:
+        self.name, self.client, self.identifier, self.since_s = name, client, identifier, since_s
+        self.deadline_s = 0.0
+        self.force = False
 
 
-@dataclass(slots=True)
-class Waiter:
+class Waiter(Record):
     """A client that waits for a state."""
 
     client: Client
@@ -199,19 +211,17 @@ class Supervisor:
             self._look_soon(now_s)
         elif op in BUILDS:
             self._found(message.domain, now_s)
-        elif op is not Op.QUERY and op not in (Op.ASK_POWEROFF, Op.ASK_REBOOT, Op.FORCE_POWEROFF):
-            self._happen(seen(self._vm, self._init.policy, message.domain, now_s))
-        elif message.domain.state not in (DomainState.RUNNING, DomainState.PAUSED) or op is Op.QUERY:
+        elif op not in REQUESTS or message.domain.state not in (DomainState.RUNNING, DomainState.PAUSED):
             self._happen(seen(self._vm, self._init.policy, message.domain, now_s))
 
     def _found(self, domain: Domain, now_s: float) -> None:
-        """A domain was built or found: from here on it is ours, whatever it does just now."""
+        """Take on a domain that was built or found, whatever it does just now."""
         if domain.state is DomainState.RUNNING:
             self._happen(Happening(Event.BUILT, now_s, domain.domid))
         elif domain.state is DomainState.PAUSED:
             self._happen(Happening(Event.BUILT_PAUSED, now_s, domain.domid))
         elif domain.state is DomainState.SHUTDOWN:
-            self._vm = replace(self._vm, domid=domain.domid)
+            self._vm = self._vm.but(domid=domain.domid)
             self._revive = self._starting and self._init.policy.startup != "shutdown"
             self._happen(seen(self._vm, self._init.policy, domain, now_s))
         elif self._vm.state is State.CREATING:
@@ -424,7 +434,7 @@ class Supervisor:
         field = request.params.get("field", "")
         value = self._init.fields.get(field)
         if value is None:
-            raise UsageError(f"get: no field {ascii(field[:64])}", hint=f"one of {', '.join(sorted(self._init.fields))}")
+            raise UsageError(f"get: no field {field[:64]!a}", hint=f"one of {', '.join(sorted(self._init.fields))}")
         client.reply(request.identifier, value, value)
 
     def _do_events(self, client: Client, request: Request) -> None:
@@ -436,7 +446,7 @@ class Supervisor:
     def _do_wait(self, client: Client, request: Request) -> None:
         word = request.params.get("state", "")
         if word not in list(State):
-            raise UsageError(f"wait: no state {ascii(word[:64])}", hint=f"one of {', '.join(State)}")
+            raise UsageError(f"wait: no state {word[:64]!a}", hint=f"one of {', '.join(State)}")
         timeout_s = commands.seconds(request.params, "timeout", WAIT_DEFAULT_S)
         if self._vm.state == word:
             client.reply(request.identifier, "", {"state": word})
@@ -488,7 +498,7 @@ class Supervisor:
             client.reply(identifier, "", None, descriptors[0] if descriptors else -1)
         self._serve(client)
 
-    _HANDLERS: Final[dict[str, Callable[["Supervisor", Client, Request], None]]] = {
+    _HANDLERS: Final[dict[str, Callable[[Supervisor, Client, Request], None]]] = {
         "status": _do_status,
         "domid": _do_domid,
         "help": _do_help,

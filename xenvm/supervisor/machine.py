@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The state machine of one VM: step(vm, policy, happening) -> (vm, request). Pure: no clock, no input, no output."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from __future__ import annotations
+
 from types import MappingProxyType
-from typing import Final
 
 from xenvm.boundary.messages import Domain, DomainState, Fault, Op, Policy
 from xenvm.errors import ExitCode, WrongStateError
+from xenvm.record import Record
 from xenvm.supervisor.states import ALIVE, COMMANDS, ENDED, Event, State
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from typing import Final
 
 QUICK_DEATH_S: Final = 10.0
 QUICK_DEATHS_LIMIT: Final = 3
@@ -19,16 +24,14 @@ REASONS: Final[Mapping[int, str]] = MappingProxyType(  # xen/sched.h, SHUTDOWN_*
 SUSPEND_REASON: Final = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(Record):
     """What an event leads to: the next state, and what to ask of the broker."""
 
     state: State
     op: Op | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Vm:
+class Vm(Record):
     """Everything the machine remembers. `fault` is set by the step that went wrong and cleared by the next command.
 
     `reason` says why the VM is off or held; `domid` is -1 without a domain; `started_s` is on the caller's clock.
@@ -42,8 +45,7 @@ class Vm:
     quick_deaths: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Happening:
+class Happening(Record):
     """One event with what is known beside it."""
 
     event: Event
@@ -151,19 +153,19 @@ def step(vm: Vm, happening: Happening) -> tuple[Vm, Op | None]:
         return vm, None
     if event in COMMANDS:
         quick_deaths = 0 if event is not Event.PAUSE else vm.quick_deaths
-        return replace(vm, state=row.state, fault=None, quick_deaths=quick_deaths), row.op
-    after = replace(vm, state=row.state, fault=happening.fault or vm.fault, reason=happening.reason or vm.reason)
+        return vm.but(state=row.state, fault=None, quick_deaths=quick_deaths), row.op
+    after = vm.but(state=row.state, fault=happening.fault or vm.fault, reason=happening.reason or vm.reason)
     if happening.domid > 0:
-        after = replace(after, domid=happening.domid)
+        after = after.but(domid=happening.domid)
     if event is Event.ENDED_REBOOT:
         quick = happening.now_s - vm.started_s < QUICK_DEATH_S
-        after = replace(after, quick_deaths=vm.quick_deaths + 1 if quick else 0)
+        after = after.but(quick_deaths=vm.quick_deaths + 1 if quick else 0)
     if row.state in ALIVE and vm.state not in ALIVE and event in (Event.BUILT, Event.BUILT_PAUSED):
-        after = replace(after, started_s=happening.now_s, reason="")
+        after = after.but(started_s=happening.now_s, reason="")
     if event in (Event.DESTROYED, Event.FAILED_OFF, Event.ABSENT):
-        after = replace(after, domid=-1)
+        after = after.but(domid=-1)
     if after.fault and event in (Event.FAILED_OFF, Event.DESTROY_FAILED):
-        after = replace(after, reason=after.fault.message)
+        after = after.but(reason=after.fault.message)
     return after, row.op
 
 

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The words of the state machine. Imports nothing of xenvm, so that everything may import it."""
 
+from __future__ import annotations
+
 from enum import StrEnum
-from typing import Final
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 
 class State(StrEnum):

@@ -5,18 +5,23 @@ Every job names the domain by uuid; a domid from an earlier look is used only wh
 that uuid. A domain with our uuid but without our xenstore record was made by another tool and is never touched.
 """
 
+from __future__ import annotations
+
 import re
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
 from types import MappingProxyType
-from typing import Final
 
 from xenvm.boundary.messages import NO_DOMAIN, Domain, DomainState, Grants, Job, Op, Phase
 from xenvm.errors import BusyError, ExitCode, TimeoutExpiredError, WrongStateError, XenvmError
 from xenvm.helpers.builder import pv, tree
 from xenvm.helpers.builder.xen import SHUTDOWN_SUSPEND, Hypervisor
-from xenvm.helpers.store import Store
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Final
+
+    from xenvm.helpers.store import Store
 
 MAXMEM_SLACK_KIB: Final = 1024  # room for the start-of-day pages above the target, as xl gives
 VCPU_OVERHEAD_PAGES: Final = 256  # with the page per MiB and the 1 MiB below: what xl counts for a PV guest
@@ -59,7 +64,7 @@ class Builder:
 
     def _look(self, job: Job) -> Domain:
         domain = self._xen.look(job.domid, job.uuid) if job.domid > 0 else None
-        return replace(domain, phase=Phase.BUILT) if domain else NO_DOMAIN
+        return domain.but(phase=Phase.BUILT) if domain else NO_DOMAIN
 
     def _ours(self, job: Job) -> Domain:
         domain = self._look(job)
@@ -79,7 +84,7 @@ class Builder:
                 hint="end it with the tool that made it, or give this VM another uuid",
             )
         if len(domains) == 1 and phase is Phase.BUILT and domains[0].state is not DomainState.DYING:
-            return replace(domains[0], phase=phase)
+            return domains[0].but(phase=phase)
         self._progress("removing what an earlier monitor left")
         self._destroy(uuid)
         return NO_DOMAIN
@@ -105,7 +110,7 @@ class Builder:
             self._destroy(job.uuid)
             raise
         domain = self._xen.look(domid, job.uuid)
-        return replace(domain, phase=Phase.BUILT) if domain else NO_DOMAIN
+        return domain.but(phase=Phase.BUILT) if domain else NO_DOMAIN
 
     def _assemble(self, job: Job, images: list[int]) -> int:
         grants, xen, store = job.grants, self._xen, self._store
@@ -251,7 +256,7 @@ class Builder:
             raise XenvmError("console: the node tty is not a terminal", code=ExitCode.FAILED)
         return untrusted_tty.decode("ascii")
 
-    _ACTIONS: Final[Mapping[Op, Callable[["Builder", Domain, Job], None]]] = MappingProxyType(
+    _ACTIONS: Final[Mapping[Op, Callable[[Builder, Domain, Job], None]]] = MappingProxyType(
         {
             Op.PAUSE: _pause,
             Op.UNPAUSE: _unpause,

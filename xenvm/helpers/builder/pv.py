@@ -1,27 +1,30 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The libxenguest part of a PV build: kernel and initrd from descriptors into an empty domain."""
 
+from __future__ import annotations
+
 import mmap
 import os
-from dataclasses import dataclass
-from typing import Any, Final
 
 from xenvm._xen import ffi, lib
 from xenvm.helpers.builder.xen import Hypervisor, HypervisorError
+from xenvm.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Final
 
 IMAGE_LIMIT_BYTES: Final = 1 << 30  # also libxenguest's own default for what a kernel may unpack to
 
 
-@dataclass(frozen=True, slots=True)
-class Rings:
+class Rings(Record):
     """Machine frames of the two start-of-day rings."""
 
     store_frame: int
     console_frame: int
 
 
-@dataclass(frozen=True, slots=True)
-class Channels:
+class Channels(Record):
     """Event channel ports of the guest, and the domains whose daemons they are for."""
 
     store_port: int
@@ -86,9 +89,7 @@ def _build(
     step(lib.xc_dom_build_image(dom), "loading the kernel")
     step(lib.xc_dom_boot_image(dom), "preparing the first vcpu")
     step(lib.xc_dom_gnttab_init(dom), "preparing the grant table")
-    return Rings(
-        store_frame=lib.xc_dom_p2m(dom, dom.xenstore_pfn), console_frame=lib.xc_dom_p2m(dom, dom.console_pfn)
-    )
+    return Rings(store_frame=lib.xc_dom_p2m(dom, dom.xenstore_pfn), console_frame=lib.xc_dom_p2m(dom, dom.console_pfn))
 
 
 def _map(descriptor: int, what: str) -> Any:

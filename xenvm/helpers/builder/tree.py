@@ -5,11 +5,16 @@ Owner and readers are written as xenstore does: `n0` is dom0 alone, `n0,r7` lets
 the node. Everything that matters for tearing down is in the record, never in a node that a guest may write.
 """
 
-from typing import Final
+from __future__ import annotations
 
 from xenvm.boundary.messages import Phase
-from xenvm.helpers.builder.pv import Channels, Rings
 from xenvm.helpers.store import Store, remove_all
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
+    from xenvm.helpers.builder.pv import Channels, Rings
 
 RECORDS: Final = "/xenvm"
 GUEST_OWNED: Final = (  # what a PV guest may write, all below its own directory
@@ -114,28 +119,28 @@ def write_built(
         store.remove(back)
         store.make(back)
         store.permissions(back, *readable)
-        for node, value in (
+        for node, word in (
             ("frontend", f"{home}/console"),
-            ("frontend-id", domid),
-            ("online", 1),
-            ("state", 1),
+            ("frontend-id", str(domid)),
+            ("online", "1"),
+            ("state", "1"),
             ("protocol", "vt100"),
         ):
-            store.write(f"{back}/{node}", str(value))
+            store.write(f"{back}/{node}", word)
         console = f"{home}/console"
         store.make(console)
         store.permissions(console, *readable)
-        for node, value, who in (
+        for node, word, who in (
             ("backend", back, readable),
-            ("backend-id", 0, owned),
-            ("limit", CONSOLE_LIMIT_BYTES, readable),
+            ("backend-id", "0", owned),
+            ("limit", str(CONSOLE_LIMIT_BYTES), readable),
             ("type", "xenconsoled", readable),
             ("output", "pty", readable),
             ("tty", "", readable),
-            ("port", channels.console_port, readable),
-            ("ring-ref", rings.console_frame, readable),
+            ("port", str(channels.console_port), readable),
+            ("ring-ref", str(rings.console_frame), readable),
         ):
-            store.write(f"{console}/{node}", str(value))
+            store.write(f"{console}/{node}", word)
             store.permissions(f"{console}/{node}", *who)
 
     store.transaction(steps)

@@ -5,13 +5,18 @@ Whoever holds a socket to xenstored has dom0's full power over it, so the proces
 must not have the words for more. Layout and numbers: xen/io/xs_wire.h (struct xsd_sockmsg, enum xsd_sockmsg_type).
 """
 
-import socket
+from __future__ import annotations
+
 import struct
-from collections.abc import Iterator
 from enum import IntEnum
-from typing import Final
 
 from xenvm.errors import ProtocolError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterator
+    from typing import Final
 
 HEADER: Final = struct.Struct("=IIII")  # type, req_id, tx_id, len
 PAYLOAD_LIMIT_BYTES: Final = 4096  # XENSTORE_PAYLOAD_MAX

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the broker does once it is confined: read the config through the parser, take what the VM needs, serve."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+
+from xenvm.boundary.frames import Channel
+from xenvm.boundary.messages import Grants, Outcome, Parsed, Policy
+from xenvm.boundary.privileges import Role
+from xenvm.broker import host
+from xenvm.broker.actlog import ActLog
+from xenvm.broker.children import Child
+from xenvm.broker.core import Broker, signal_pipe
+from xenvm.errors import ConfigError, ExitCode, XenvmError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
+LAUNCHER, CONFIG = 3, 4
+PARSE_WAIT_S: Final = 30.0
+
+
+class Launcher:
+    """Whoever started the monitor and waits to hear how that went; told once."""
+
+    def __init__(self, *, background: bool, notify: str) -> None:
+        self.background = background
+        self._channel = Channel.from_descriptor(LAUNCHER) if background else None
+        self._notify = notify
+        self._told = False
+        self.uuid = ""
+
+    def tell(self, code: int, text: str) -> None:
+        """Report the outcome; later calls do nothing."""
+        if self._told:
+            return
+        self._told = True
+        if self._channel is None:
+            if text:
+                os.write(2, text.encode() + b"\n")
+            if self._notify and code == 0:
+                _notify_ready(self._notify)
+            return
+        with contextlib.suppress(XenvmError):  # nobody may wait any more; the log has it
+            self._channel.send(Outcome(code, self.uuid, text[:60000]))
+        self._channel.close()
+
+
+def serve(
+    launcher: Launcher, config_file: str, directory: str, proof: dict[str, object], parser: Child, spare: Child
+) -> int:
+    """Run the monitor of the VM that the parser is just reading; return the exit status.
+
+    `spare` is a builder that was started early, for the first job. Raise XenvmError when the monitor cannot start.
+    """
+    host.check_directory(directory)
+    grants, policy, fields, _given = _parsed(parser, config_file)
+    launcher.uuid = grants.uuid
+    with contextlib.ExitStack() as undo:
+        lock = host.take_lock(directory, grants.uuid)
+        undo.callback(host.release_lock, directory, grants.uuid, lock)
+        listener = host.listen(directory, grants.uuid)
+        undo.callback(host.remove, host.socket_path(directory, grants.uuid))
+        undo.callback(listener.close)
+        log = host.open_log(grants.uuid, grants.output)
+        if launcher.background:  # whoever started the monitor gets its terminal back
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+        acts = ActLog(f"{host.LOG_DIRECTORY}/{grants.uuid}.acts")
+        acts.append("confined", role="broker", pid=os.getpid(), proof=proof)
+        acts.append("sealed", grants=grants.as_body())
+
+        def reload_config() -> tuple[Grants, Policy, dict[str, str]]:
+            descriptor = _open_config(config_file)
+            try:
+                parser = Child(Role.PARSER, 2, {CONFIG: descriptor}, config_file)
+            finally:
+                os.close(descriptor)
+            new, new_policy, new_fields, new_given = _parsed(parser, config_file)
+            if new_given and new.uuid != grants.uuid:
+                raise ConfigError(f"{config_file}: the uuid is now {new.uuid}; this monitor serves {grants.uuid}")
+            return new.but(uuid=grants.uuid), new_policy, new_fields
+
+        broker = Broker(
+            grants=grants,
+            policy=policy,
+            fields=fields,
+            config_file=config_file,
+            listener=listener,
+            log=log,
+            acts=acts,
+            reload_config=reload_config,
+            started=launcher.tell,
+            spare=spare,
+        )
+        return broker.run(signal_pipe())
+
+
+def _open_config(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+
+
+def _parsed(parser: Child, config_file: str) -> tuple[Grants, Policy, dict[str, str], bool]:
+    """Return what the parser makes of the file; raise ConfigError with every error in it, missing files included."""
+    try:
+        while (received := parser.channel.receive(deadline_s=PARSE_WAIT_S)) is not None:
+            parsed = received[0]
+            if isinstance(parsed, Parsed):
+                break
+        else:
+            parser.end(grace_ms=1000)
+            raise ConfigError(f"{config_file}: the parser {parser.how()} without an answer")
+    finally:
+        parser.end(grace_ms=1000)
+    issues = sorted([*parsed.issues, *host.check_files(parsed)], key=lambda issue: issue.line)
+    if issues or not parsed.grants or not parsed.policy:
+        text = "\n".join(issue.show(config_file) for issue in issues)
+        raise ConfigError(text or f"{config_file}: refused")
+    return parsed.grants[0], parsed.policy[0], parsed.fields, parsed.uuid_given
+
+
+def _notify_ready(path: str) -> None:
+    """Tell the service manager (sd_notify(3)); a leading @ stands for the abstract name space."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
+        address = "\0" + path[1:] if path.startswith("@") else path
+        try:
+            notifier.sendto(b"READY=1", address)
+        except OSError as error:
+            os.write(2, f"cannot notify the service manager at {path}: {error.strerror}\n".encode())
+            sys.exit(ExitCode.FAILED)
