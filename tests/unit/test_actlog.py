@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xenvm.broker import actlog
@@ -82,17 +82,20 @@ def test_every_single_byte_is_covered():
             assert found(bytes(changed)), (place, mask)
 
 
+@settings(deadline=None)  # the disk may be slow
 @given(st.integers(0, len(VALID) - 1), st.integers(0, 255))
 def test_any_other_byte_is_found(place, value):
     if value != VALID[place]:
         assert found(VALID[:place] + bytes([value]) + VALID[place + 1 :])
 
 
+@settings(deadline=None)  # the disk may be slow
 @given(st.integers(0, len(VALID)), st.binary(min_size=1, max_size=4))
 def test_inserted_bytes_are_found(place, added):
     assert found(VALID[:place] + added + VALID[place:])
 
 
+@settings(deadline=None)  # the disk may be slow
 @given(st.integers(0, len(VALID) - 1), st.integers(1, 200))
 def test_removed_bytes_are_found_unless_whole_records_go_from_the_end(place, count):
     rest = VALID[:place] + VALID[place + count :]
@@ -105,6 +108,7 @@ def test_a_removed_line_is_found(place):
     assert found(b"".join(LINES[:place] + LINES[place + 1 :]))
 
 
+@settings(deadline=None)  # the disk may be slow
 @given(st.integers(0, len(LINES) - 1), st.integers(0, len(LINES) - 1))
 def test_swapped_lines_are_found(one, other):
     lines = LINES.copy()
@@ -112,6 +116,7 @@ def test_swapped_lines_are_found(one, other):
     assert found(b"".join(lines)) is (one != other)
 
 
+@settings(deadline=None)  # the disk may be slow
 @given(st.integers(0, len(LINES) - 1), st.integers(0, len(LINES)))
 def test_a_duplicated_line_is_found(which, place):
     assert found(b"".join([*LINES[:place], LINES[which], *LINES[place:]]))
@@ -165,6 +170,7 @@ def test_the_error_names_the_line(tmp_path):
 # -- power losses ---------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)  # the disk may be slow
 @given(st.integers(1, len(VALID)), st.integers(0, len(VALID)))
 def test_a_log_cut_anywhere_goes_on(first, second):
     with tempfile.TemporaryDirectory() as directory:
@@ -178,6 +184,7 @@ def test_a_log_cut_anywhere_goes_on(first, second):
     assert records[-1]["act"] == "result"
 
 
+@settings(deadline=None)  # the disk may be slow
 @given(st.binary(min_size=1, max_size=300))
 def test_blocks_of_junk_at_the_end_are_reported(junk):
     with tempfile.TemporaryDirectory() as directory:

@@ -142,6 +142,19 @@ def test_the_end_of_the_peer_is_seen_after_its_last_message(pair):
         theirs.send(PROGRESS)
 
 
+def test_the_last_words_of_a_peer_that_left_ours_unread_arrive(pair):
+    """A helper that fails at its start has said why, and ends without reading its request."""
+    ours, theirs = pair
+    theirs.send(PROGRESS)
+    theirs.send(DONE)
+    ours.send(PROGRESS)
+    ours.close()
+    with pytest.raises(ProtocolError):
+        theirs.send(PROGRESS)
+    assert theirs.receive(deadline_s=5) == (PROGRESS, [])
+    assert theirs.receive(deadline_s=5) is None
+
+
 def test_receiving_has_a_deadline(pair):
     before = time.monotonic()
     with pytest.raises(TimeoutExpiredError, match=r"0\.2 s"):

@@ -47,7 +47,7 @@ PRESERVED = {"on_halt": State.SHUTDOWN, "on_reboot": State.REBOOTED, "on_crash":
 
 
 @pytest.mark.parametrize("state", [State.RUNNING, State.PAUSED, State.CREATED, State.SHUTDOWNING, State.CREATING])
-@pytest.mark.parametrize(("word", "action"), itertools.product(REASONS, ["preserve", "reboot", "destroy"]))
+@pytest.mark.parametrize(("word", "action"), list(itertools.product(REASONS, ["preserve", "reboot", "destroy"])))
 def test_every_policy_for_every_reason(word, action, state):
     reason, key = REASONS[word]
     others = {name: "destroy" if action != "destroy" else "reboot" for name in PRESERVED if name != key}
@@ -174,7 +174,7 @@ def test_a_start_by_command_forgets_quick_deaths():
 # Commands
 
 
-@pytest.mark.parametrize(("state", "event"), itertools.product(State, sorted(COMMANDS)))
+@pytest.mark.parametrize(("state", "event"), list(itertools.product(State, sorted(COMMANDS))))
 def test_a_command_has_a_row_or_is_refused(state, event):
     vm = Vm(state, domid=-1 if state is State.SHUTDOWN else 7, fault=FAULT)
     if (state, event) in TRANSITIONS:
@@ -215,7 +215,7 @@ def test_a_preserved_domain_keeps_its_vm_from_starting(state, event):
     assert caught.value.hint == "destroy it first"
 
 
-@pytest.mark.parametrize(("state", "event"), itertools.product(State, sorted(set(Event) - COMMANDS)))
+@pytest.mark.parametrize(("state", "event"), list(itertools.product(State, sorted(set(Event) - COMMANDS))))
 def test_what_has_no_row_is_no_news(state, event):
     vm = Vm(state, domid=7, reason="because", quick_deaths=1)
     after, op = step(vm, Happening(event, 5.0, 9, "another", FAULT))

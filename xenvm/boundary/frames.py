@@ -139,12 +139,9 @@ class Channel:
     def receive_now(self) -> tuple[Message, list[int]] | None:
         """Like receive, but raise BlockingIOError at once when nothing has arrived."""
         try:
-            # Not socket.recv_fds: in Python 3.11 it drops its flags, and the descriptors would be inheritable.
-            untrusted_frame, ancillary, flags, _ = self._socket.recvmsg(
-                HEADER.size + BODY_LIMIT_BYTES, socket.CMSG_LEN(DESCRIPTOR_LIMIT * _INT.size), socket.MSG_CMSG_CLOEXEC
-            )
-        except ConnectionResetError:
-            return None
+            untrusted_frame, ancillary, flags = self._receive_frame()
+        except ConnectionResetError:  # it left something of ours unread, said once; what it had sent is still there
+            untrusted_frame, ancillary, flags = self._receive_frame()
         descriptors = [
             number
             for level, kind, data in ancillary
@@ -162,6 +159,13 @@ class Channel:
                 os.close(descriptor)
             raise
         return message, descriptors
+
+    def _receive_frame(self) -> tuple[bytes, list[tuple[int, int, bytes]], int]:
+        # Not socket.recv_fds: in Python 3.11 it drops its flags, and the descriptors would be inheritable.
+        untrusted_frame, ancillary, flags, _ = self._socket.recvmsg(
+            HEADER.size + BODY_LIMIT_BYTES, socket.CMSG_LEN(DESCRIPTOR_LIMIT * _INT.size), socket.MSG_CMSG_CLOEXEC
+        )
+        return untrusted_frame, ancillary, flags
 
     def _wait(self, events: int, end: float, deadline_s: float) -> None:
         poll = select.poll()

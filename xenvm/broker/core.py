@@ -7,6 +7,7 @@ that is not legal in the present phase is refused, and nothing a supervisor send
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -61,7 +62,7 @@ class _Work:
         self.builder = builder
         self.deadline_s = deadline_s
         self.end = time.monotonic() + deadline_s
-        self.result: tuple[Message, list[int]] | None = None
+        self.result: Message | None = None
 
 
 class Broker:
@@ -118,6 +119,9 @@ class Broker:
         return 0
 
     def _turn(self, wakeup: int) -> None:
+        for lost in (self._supervisor, self._watcher):
+            if lost is not None and lost.pidfd < 0:  # ended because it did not take a message
+                self._gone(lost)
         poll = select.poll()
         poll.register(wakeup, select.POLLIN)
         children = [child for child in (self._supervisor, self._watcher, self._builder()) if child is not None]
@@ -205,9 +209,13 @@ class Broker:
                 child.end()
                 self._gone(child)
                 return
-            if received is None:
+            if received is None:  # it has ended; one that lives on without its channel is of no use
+                child.end(grace_ms=1000)
+                self._gone(child)
                 return
             message, descriptors = received
+            for descriptor in descriptors:  # a child has none to give
+                os.close(descriptor)
             if isinstance(message, Hello) and child.greets(message):
                 self._acts.append("confined", role=message.role, pid=message.pid, proof=message.proof)
             elif child is self._supervisor and isinstance(message, Ask):
@@ -215,7 +223,7 @@ class Broker:
             elif self._work and child is self._work.builder and isinstance(message, Progress):
                 self._to_supervisor(Progress(self._work.sequence, message.step))
             elif self._work and child is self._work.builder and isinstance(message, Done | Failed):
-                self._work.result = (message, descriptors)
+                self._work.result = message
                 child.end(grace_ms=5000)
                 self._finish()
             else:
@@ -323,8 +331,9 @@ class Broker:
             if builder is None or builder.ended():
                 builder = Child(Role.BUILDER, self._log, {}, self._grants.uuid)
             work = _Work(sequence, op, builder, deadline_s)
-            builder.channel.send(Job(op, self._grants.uuid, self._domid, self._grants), images)
             self._work = work
+            with contextlib.suppress(ProtocolError):  # it has ended already: what it said of that comes next
+                builder.channel.send(Job(op, self._grants.uuid, self._domid, self._grants), images)
         finally:
             for descriptor in images:
                 os.close(descriptor)
@@ -342,7 +351,7 @@ class Broker:
             code = ExitCode.TIMED_OUT if late else ExitCode.FAILED
             message: Message = _failed(work.sequence, XenvmError(f"{work.op}: {why}", code=code), self._known())
         else:
-            message = work.result[0]
+            message = work.result
         self._acts.append("result", op=work.op.value, pid=work.builder.pid, result=type(message).__name__)
         if isinstance(message, Done):
             self._learn(message.domain)
@@ -392,12 +401,14 @@ def _failed(sequence: int, error: XenvmError, domain: Domain) -> Failed:
 
 
 def _allow(times: deque[float], per_minute: int) -> bool:
-    """Count one more event; tell whether the last minute had no more than `per_minute`."""
+    """Tell whether the last minute had fewer than `per_minute` events, and count one more then."""
     now = time.monotonic()
     while times and times[0] < now - 60:
         times.popleft()
+    if len(times) >= per_minute:
+        return False
     times.append(now)
-    return len(times) <= per_minute
+    return True
 
 
 def signal_pipe() -> int:

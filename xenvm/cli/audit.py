@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pwd
 import sys
@@ -16,11 +15,10 @@ from datetime import UTC, datetime
 
 from xenvm import __version__
 from xenvm.boundary.privileges import TABLE, Landlock, Role, markdown_table
-from xenvm.boundary.proof import CAPABILITY_SETS, Proof
 from xenvm.boundary.spawn import command
-from xenvm.broker import actlog
 from xenvm.broker.host import LOG_DIRECTORY
 from xenvm.cli import live, render
+from xenvm.cli.acts import SUFFIX, read_acts, verify
 from xenvm.cli.client import NoMonitorError, is_uuid, socket_directory
 from xenvm.cli.compare import Expected, Line, lines
 from xenvm.errors import ExitCode, PermissionRefusedError, UsageError, XenvmError
@@ -32,6 +30,8 @@ if TYPE_CHECKING:
     from typing import Final, NoReturn
 
     from xenvm.boundary.privileges import Row
+    from xenvm.boundary.proof import Proof
+    from xenvm.cli.acts import Acts
     from xenvm.cli.live import Live
 
 USAGE: Final = """\
@@ -47,7 +47,6 @@ STARTING_S: Final = 5.0
 AGAIN_S: Final = 0.2
 RESTART_S: Final = 1.0
 """After this a process that was missing is looked for once more: the broker starts another where one has ended."""
-SUFFIX: Final = ".acts"
 
 
 def identity(user: str | None) -> tuple[int, int]:
@@ -70,14 +69,6 @@ class Host(Record):
     command: Callable[[Role], list[str]] = staticmethod(command)
 
 
-class Acts(Record):
-    """What the act log says of the present monitor: proofs by process number, its log files, and why it is broken."""
-
-    proofs: dict[int, Proof]
-    logs: frozenset[str]
-    broken: str
-
-
 class Audited(Record):
     """One process, judged; of what is missing there is neither process nor role."""
 
@@ -92,63 +83,6 @@ class Audited(Record):
         return sum(line.differs for line in self.lines)
 
 
-# -- the act log ----------------------------------------------------------------------------------------------------
-
-
-def read_acts(path: str) -> Acts:
-    """Read what concerns the monitor that opened the log last."""
-    proofs: dict[int, Proof] = {}
-    logs: set[str] = set()
-    broken = ""
-    try:
-        for record in actlog.read(*_files(path)):
-            act, grants = record.get("act"), record.get("grants")
-            if act == "opened":
-                proofs.clear()
-                logs.clear()
-            elif act == "confined" and (proof := proof_of(record.get("proof"))):
-                proofs[proof.pid] = proof
-            elif act == "sealed" and isinstance(grants, dict) and isinstance(output := grants.get("output"), str):
-                logs.add(output)
-    except XenvmError as error:
-        broken = error.message
-    except OSError as error:
-        broken = f"{path}: {error.strerror}"
-    return Acts(proofs, frozenset(logs), broken)
-
-
-def proof_of(untrusted: object) -> Proof | None:
-    """Return the proof in a record, given as an object or its JSON text; None for anything else."""
-    try:
-        told = json.loads(untrusted) if isinstance(untrusted, str) else untrusted
-        if not isinstance(told, dict):
-            return None
-        inheritable, permitted, effective, bounding, ambient = (
-            int(told["capabilities"][name], 16) for name in CAPABILITY_SETS
-        )
-        return Proof(
-            role=str(told["role"]),
-            pid=int(told["pid"]),
-            uid=int(told["uid"]),
-            gid=int(told["gid"]),
-            groups=tuple(map(int, told["groups"])),
-            identity_changed=told["identity_changed"] is True,
-            capabilities=(inheritable, permitted, effective, bounding, ambient),
-            no_new_privs=told["no_new_privs"] is True,
-            seccomp=int(told["seccomp"]),
-            landlock_abi=int(told["landlock_abi"]),
-            probes=tuple((str(name), str(met)) for name, met in told["probes"].items()),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def _files(path: str) -> list[str]:
-    """Return the files of one log, the rotated one first."""
-    older = path + ".1"
-    return [older, path] if os.path.exists(older) else [path]  # noqa: PTH110
-
-
 # -- a monitor ------------------------------------------------------------------------------------------------------
 
 
@@ -158,22 +92,48 @@ def audit(host: Host, uuid: str) -> list[Audited]:
         raise PermissionRefusedError("the descriptors of other processes show to root only", hint="sudo xenvm-audit")
     broker = live.find_broker(host.sockets, uuid)
     try:
-        found = _survey(host, uuid, broker)
+        found, acts = _survey(host, uuid, broker)
         if _missing(found):
             time.sleep(RESTART_S)
-            found = _survey(host, uuid, broker)
+            found, acts = _survey(host, uuid, broker)
     except live.GoneError:
         raise NoMonitorError(f"the monitor of {uuid} ended meanwhile") from None
-    acts = read_acts(_acts_path(host, uuid))
     general = _missing(found)
     if acts.broken:
         general.append(Line("act log", "an unbroken chain", acts.broken, differs=True))
     return [*found, Audited(None, None, tuple(general))] if general else found
 
 
-def _survey(host: Host, uuid: str, broker: int) -> list[Audited]:
-    judged = (_judge(host, uuid, broker, pid) for pid in live.processes(broker))
-    return [one for one in judged if one]
+def _survey(host: Host, uuid: str, broker: int) -> tuple[list[Audited], Acts]:
+    """Judge each process, until it fits or had the time to."""
+    acts = read_acts(_acts_path(host, uuid))
+    found = []
+    inherited = 0
+    for pid in live.processes(broker):
+        one, looks = _look(host, uuid, broker, pid, acts, inherited), 1
+        while one and one.differences and (looks == 1 or _is_starting(one)):
+            time.sleep(AGAIN_S)
+            acts = read_acts(_acts_path(host, uuid))
+            one, looks = _look(host, uuid, broker, pid, acts, inherited), looks + 1
+        if one and pid == broker and one.process:
+            inherited = max(one.process.filters or 0, 1)  # a service manager may have added some
+        if one:
+            found.append(one)
+    return found, acts
+
+
+def _is_starting(one: Audited) -> bool:
+    return one.process is not None and time.time() - one.process.started < STARTING_S
+
+
+def _look(host: Host, uuid: str, broker: int, pid: int, acts: Acts, inherited: int) -> Audited | None:
+    """Compare one process now; None when it has ended, which only the broker may not."""
+    try:
+        return judge(host, uuid, live.look(pid), acts, inherited)
+    except live.GoneError:
+        if pid == broker:
+            raise
+        return None
 
 
 def _missing(found: Sequence[Audited]) -> list[Line]:
@@ -182,35 +142,22 @@ def _missing(found: Sequence[Audited]) -> list[Line]:
     return [Line(role.value, "1 process", str(count), differs=True) for role, count in counts.items() if count != 1]
 
 
-def _judge(host: Host, uuid: str, broker: int, pid: int) -> Audited | None:
-    """Compare one process, until it fits or had the time to; None when it has ended, which only the broker may not."""
-    looks = 0
-    while True:
-        try:
-            process = live.look(pid)
-        except live.GoneError:
-            if pid == broker:
-                raise
-            return None
-        looks += 1
-        one = judge(host, uuid, process, read_acts(_acts_path(host, uuid)), is_broker=pid == broker)
-        if not one.differences or (looks > 1 and time.time() - process.started > STARTING_S):
-            return one
-        time.sleep(AGAIN_S)
-
-
-def judge(host: Host, uuid: str, process: Live, acts: Acts, *, is_broker: bool) -> Audited:
-    """Compare one process with the row of the role it was started for."""
+def judge(host: Host, uuid: str, process: Live, acts: Acts, inherited: int) -> Audited:
+    """Compare one process with the row of the role it was started for; see `expected` for `inherited`."""
     role = live.role_of(process.arguments)
-    if role is None or (role is Role.BROKER) != is_broker:
-        table = "broker" if is_broker else "a role of the table, one broker"
+    if role is None or (role is Role.BROKER) != (not inherited):
+        table = "a role of the table" if inherited else "broker"
         return Audited(None, process, (Line("role", table, " ".join(process.arguments), differs=True),))
     row, proof = TABLE[role], acts.proofs.get(process.pid)
-    return Audited(role, process, tuple(lines(row, process, proof, expected(host, uuid, row, acts))), proof)
+    wanted = expected(host, uuid, row, acts, inherited)
+    return Audited(role, process, tuple(lines(row, process, proof, wanted)), proof)
 
 
-def expected(host: Host, uuid: str, row: Row, acts: Acts) -> Expected:
-    """Say what a row means for the monitor of `uuid` on this host."""
+def expected(host: Host, uuid: str, row: Row, acts: Acts, inherited: int) -> Expected:
+    """Say what a row means for the monitor of `uuid` on this host.
+
+    `inherited` is the number of seccomp filters that the broker has, to which each child adds one; 0 for the broker.
+    """
     uid, gid = host.identity(row.user)
     tails = {Role.SUPERVISOR: {(uuid,)}, Role.WATCHER: {(uuid,)}, Role.BUILDER: {(uuid,), ("-",)}}.get(row.role)
     confined = [p.landlock_abi for p in acts.proofs.values() if _landlocked(p)]
@@ -220,7 +167,7 @@ def expected(host: Host, uuid: str, row: Row, acts: Acts) -> Expected:
         gid=gid,
         command=tuple(host.command(row.role)),
         tails=frozenset(tails) if tails else None,
-        filters=1 if row.role is Role.BROKER else 2,
+        filters=inherited + 1,
         landlock=max(confined, default=0) if row.landlock is Landlock.NOTHING else 0,
         logs=frozenset(os.path.realpath(log or own_log) for log in {*acts.logs, own_log}),
         acts=os.path.realpath(_acts_path(host, uuid)),
@@ -281,39 +228,7 @@ def _differences(found: Sequence[Audited]) -> int:
     return sum(one.differences for one in found)
 
 
-# -- verify ---------------------------------------------------------------------------------------------------------
-
-
-def verify(path: str) -> dict[str, object]:
-    """Check the chain of one log, and say what it spans; XenvmError names file and line of the first break."""
-    try:
-        return _verify(path)
-    except XenvmError:  # a live monitor may have been in the middle of a record
-        time.sleep(AGAIN_S)
-        return _verify(path)
-
-
-def _verify(path: str) -> dict[str, object]:
-    count = power_losses = 0
-    first: object = None
-    last: dict[str, object] = {}
-    try:
-        for last in actlog.read(*_files(path)):
-            count += 1
-            first = last["time"] if count == 1 else first
-            power_losses += "torn_hash" in last
-    except PermissionError as error:
-        raise PermissionRefusedError(f"{path}: {error.strerror}", hint="sudo xenvm-audit verify") from None
-    except OSError as error:
-        raise XenvmError(f"{path}: {error.strerror}") from None
-    return {
-        "file": path,
-        "records": count,
-        "from": first,
-        "to": last.get("time"),
-        "power_losses": power_losses,
-        "head": last.get("hash", actlog.GENESIS),
-    }
+# -- the logs ---------------------------------------------------------------------------------------------------------
 
 
 def _logs(host: Host, word: str) -> list[str]:

@@ -113,13 +113,17 @@ def _capabilities(row: Row, process: Live) -> Iterator[Line]:
         yield Line(name, _names_of(mask), _names_of(held), held != mask)
 
 
+_NOT_CAPABILITIES: Final = frozenset({"CAP_EFFECTIVE", "CAP_INHERITABLE", "CAP_PERMITTED", "CAP_LAST_CAP"})
+_CAPABILITIES: Final = {
+    getattr(prctl, name): name.removeprefix("CAP_")
+    for name in dir(prctl)
+    if name.startswith("CAP_") and name not in _NOT_CAPABILITIES
+}
+
+
 def _names_of(mask: int) -> str:
-    names = {
-        getattr(prctl, name): name.removeprefix("CAP_")
-        for name in dir(prctl)
-        if name.startswith("CAP_") and name != "CAP_LAST_CAP"
-    }
-    return " ".join(names.get(bit, f"CAP_{bit}") for bit in range(64) if mask >> bit & 1) or "none"
+    held = [_CAPABILITIES.get(bit, f"CAP_{bit}") for bit in range(64) if mask >> bit & 1]
+    return " ".join(sorted(held)) or "none"
 
 
 def _seccomp(row: Row, process: Live, expected: Expected) -> Iterator[Line]:
@@ -187,7 +191,7 @@ def _shown(process: Live, number: int, kind: str) -> str:
 
 
 def _sockets(row: Row, process: Live) -> Iterator[Line]:
-    """A process serves clients and talks to its family; the only daemon that any of them talks to is xenstored."""
+    """Look whom a process talks to besides its family and its clients: xenstored at most."""
     foreign, clients, store = [], [], []
     for descriptor in process.descriptors:
         if descriptor.kind != SOCKET:

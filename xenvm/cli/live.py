@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the kernel shows of a monitor and of its processes. Judges nothing; needs root.
 
-Identity, capabilities and limits come from /proc and prlimit(2), descriptors from /proc/PID/fd, and who is at the
-other end of a unix socket from sock_diag(7).
+Identity, capabilities, limits and descriptors come from /proc, who is at the other end of a unix socket from
+sock_diag(7).
 """
 
 from __future__ import annotations
@@ -35,7 +35,16 @@ PID_WAIT_S: Final = 2.0
 """How long a monitor that has its lock may take to write its process number into it."""
 UNKNOWN_PEER: Final = "?"
 """The other end of a socket that the kernel does not list here, because it is in another network name space."""
-LIMIT_NAMES: Final = frozenset(name for row in TABLE.values() for name in row.limits)
+LIMIT_TITLES: Final = {
+    "AS": "Max address space",
+    "CORE": "Max core file size",
+    "CPU": "Max cpu time",
+    "FSIZE": "Max file size",
+    "NOFILE": "Max open files",
+    "NPROC": "Max processes",
+}
+"""The titles of /proc/PID/limits, proc(5), for the limits that the table names."""
+_LIMITS_COLUMN: Final = 26  # where the soft limit begins, fs/proc/base.c; the hard limit and the unit follow
 DEVICES: Final = frozenset(
     kind
     for row in TABLE.values()
@@ -188,7 +197,7 @@ def look(pid: int) -> Live:
             arguments=tuple(process.cmdline()),
             status=parse_status(fields),
             filters=None if filters is None else int(filters),
-            limits={name: process.rlimit(getattr(psutil, f"RLIMIT_{name}"))[1] for name in sorted(LIMIT_NAMES)},
+            limits=_limits(pid),
             descriptors=_descriptors(pid),
         )
         if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
@@ -203,6 +212,18 @@ def look(pid: int) -> Live:
 def _status_fields(pid: int) -> dict[str, str]:
     with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:  # noqa: PTH123
         return {name: value.strip() for name, _, value in (line.partition(":") for line in status)}
+
+
+def _limits(pid: int) -> dict[str, int]:
+    """Return the hard limits; prlimit(2) would need CAP_SYS_RESOURCE besides."""
+    limits = {}
+    with open(f"/proc/{pid}/limits", encoding="ascii") as lines:  # noqa: PTH123
+        for line in lines:
+            for name, title in LIMIT_TITLES.items():
+                if line[:_LIMITS_COLUMN].rstrip() == title:
+                    hard = line[_LIMITS_COLUMN:].split()[1]
+                    limits[name] = -1 if hard == "unlimited" else int(hard)
+    return limits
 
 
 def _descriptors(pid: int) -> tuple[Descriptor, ...]:

@@ -152,6 +152,8 @@ class Supervisor:
             )
             self._happen(Happening(event, now_s, fault=None if operation.force else fault))
         for waiter in [waiter for waiter in self._waiters if now_s >= waiter.end]:
+            if waiter not in self._waiters:  # dropped by what another one's answer led to
+                continue
             self._waiters.remove(waiter)
             waiter.client.refuse(
                 waiter.identifier,
@@ -192,11 +194,14 @@ class Supervisor:
             self._publish("progress", {"step": message.step})
         elif isinstance(message, Done | Failed) and message.sequence in self._handovers:
             self._hand_over(message, descriptors)
+            return True
         elif isinstance(message, Done | Failed) and self._asked and message.sequence == self._asked[0]:
             op, self._asked, self._step = self._asked[1], None, ""
             self._outcome(op, message)
             if self._queue and not self._asked:
                 self._ask(self._queue.popleft())
+        for descriptor in descriptors:  # whoever asked for it has gone
+            os.close(descriptor)
         return True
 
     def _outcome(self, op: Op, message: Done | Failed) -> None:
@@ -210,16 +215,21 @@ class Supervisor:
             self._happen(Happening(Event.WITHDRAWN, now_s))
             self._look_soon(now_s)
         elif op in BUILDS:
-            self._found(message.domain, now_s)
+            self._found(op, message.domain, now_s)
         elif op not in REQUESTS or message.domain.state not in (DomainState.RUNNING, DomainState.PAUSED):
             self._happen(seen(self._vm, self._init.policy, message.domain, now_s))
+        if op in (Op.PAUSE, Op.UNPAUSE) and self._operation and not self._asked and self._vm.state in STABLE:
+            self._finish(self._operation)  # done, and yet the domain is not as it should be
 
-    def _found(self, domain: Domain, now_s: float) -> None:
+    def _found(self, op: Op, domain: Domain, now_s: float) -> None:
         """Take on a domain that was built or found, whatever it does just now."""
         if domain.state is DomainState.RUNNING:
             self._happen(Happening(Event.BUILT, now_s, domain.domid))
         elif domain.state is DomainState.PAUSED:
             self._happen(Happening(Event.BUILT_PAUSED, now_s, domain.domid))
+        elif domain.state is DomainState.SHUTDOWN and op in (Op.BUILD, Op.BUILD_PAUSED, Op.REBUILD):
+            self._happen(Happening(Event.BUILT, now_s, domain.domid))  # and it ended before anybody could look
+            self._happen(seen(self._vm, self._init.policy, domain, now_s))
         elif domain.state is DomainState.SHUTDOWN:
             self._vm = self._vm.but(domid=domain.domid)
             self._revive = self._starting and self._init.policy.startup != "shutdown"
@@ -231,10 +241,10 @@ class Supervisor:
 
     def _failed(self, op: Op, message: Failed) -> None:
         now_s = time.monotonic()
-        if op is Op.DESTROY:
-            event = Event.DESTROY_FAILED
-        elif op in BUILDS or message.domain.phase is not Phase.BUILT:
+        if message.domain.phase is not Phase.BUILT and op is not Op.DESTROY:
             event = Event.FAILED_OFF
+        elif op is Op.DESTROY or (op is Op.REBUILD and self._vm.reason):  # the guest has ended, its domain stays
+            event = Event.DESTROY_FAILED
         else:
             event = Event.FAILED_UP
         self._happen(Happening(event, now_s, message.domain.domid, fault=message.fault))
@@ -261,6 +271,8 @@ class Supervisor:
             self._log(f"state={self._vm.state} domid={self._vm.domid} event={happening.event!s} {self._vm.reason}")
             self._publish("state", {"reason": self._vm.reason})
             for waiter in [waiter for waiter in self._waiters if waiter.state is self._vm.state]:
+                if waiter not in self._waiters:  # dropped by what another one's answer led to
+                    continue
                 self._waiters.remove(waiter)
                 waiter.client.reply(waiter.identifier, "", {"state": self._vm.state})
                 self._serve(waiter.client)
@@ -389,9 +401,6 @@ class Supervisor:
         if not running and self._vm.state not in STABLE and event is not Event.DESTROY:
             raise BusyError(f"{name}: the VM is {self._vm.state}", hint="wait for it, or destroy")
         after, op = step(self._vm, Happening(event, now_s))  # raises before anything has changed
-        if running and running.client:
-            running.client.refuse(running.identifier, XenvmError(f"{running.name}: ended by destroy"))
-            self._serve(running.client)
         if running and self._starting:
             self._starting = False
             self._sequence += 1
@@ -402,6 +411,9 @@ class Supervisor:
             self._publish("state", {"reason": after.reason})
         if op:
             self._ask(op)
+        if running and running.client:
+            running.client.refuse(running.identifier, XenvmError(f"{running.name}: ended by destroy"))
+            self._serve(running.client)
 
     def _status(self) -> dict[str, object]:
         vm, busy = self._vm, self._operation

@@ -97,6 +97,8 @@ TRANSITIONS: Final[Mapping[tuple[State, Event], Step]] = MappingProxyType(
         {
             Event.BUILT: Step(State.RUNNING),
             Event.BUILT_PAUSED: Step(State.CREATED),
+            Event.SEEN_RUNNING: Step(State.RUNNING),
+            Event.SEEN_PAUSED: Step(State.CREATED),
             Event.ABSENT: Step(State.SHUTDOWN),
         },
     )
@@ -152,13 +154,13 @@ def step(vm: Vm, happening: Happening) -> tuple[Vm, Op | None]:
             raise _refusal(vm, event)
         return vm, None
     if event in COMMANDS:
-        quick_deaths = 0 if event is not Event.PAUSE else vm.quick_deaths
+        quick_deaths = vm.quick_deaths if event in (Event.PAUSE, Event.UNPAUSE) else 0
         return vm.but(state=row.state, fault=None, quick_deaths=quick_deaths), row.op
     after = vm.but(state=row.state, fault=happening.fault or vm.fault, reason=happening.reason or vm.reason)
     if happening.domid > 0:
         after = after.but(domid=happening.domid)
     if event is Event.ENDED_REBOOT:
-        quick = happening.now_s - vm.started_s < QUICK_DEATH_S
+        quick = happening.now_s - vm.started_s < QUICK_DEATH_S and vm.state is not State.REBOOTING  # then a command did it
         after = after.but(quick_deaths=vm.quick_deaths + 1 if quick else 0)
     if row.state in ALIVE and vm.state not in ALIVE and event in (Event.BUILT, Event.BUILT_PAUSED):
         after = after.but(started_s=happening.now_s, reason="")

@@ -86,7 +86,10 @@ def _build(
         )
     step(lib.xc_dom_mem_init(dom, memory_mib), "laying out the memory")
     step(lib.xc_dom_boot_mem_init(dom), f"allocating {memory_mib} MiB of memory")
-    step(lib.xc_dom_build_image(dom), "loading the kernel")
+    if lib.xc_dom_build_image(dom) < 0:
+        why = xen.reason(ffi.errno)
+        hint = "raise `memory`: the unpacked kernel and the initrd must fit" if "too large" in why else ""
+        raise HypervisorError(f"loading the kernel: {why}", hint=hint)
     step(lib.xc_dom_boot_image(dom), "preparing the first vcpu")
     step(lib.xc_dom_gnttab_init(dom), "preparing the grant table")
     return Rings(store_frame=lib.xc_dom_p2m(dom, dom.xenstore_pfn), console_frame=lib.xc_dom_p2m(dom, dom.console_pfn))

@@ -161,5 +161,5 @@ def remove_domain(store: Store, domid: int) -> None:
 def remove_vm(store: Store, uuid: str) -> None:
     """Remove the nodes that belong to the uuid, the record last, and the parents that are empty then."""
     remove_all(store, (f"/vm/{uuid}", record_path(uuid)))
-    for parent in (RECORDS, "/vm", "/local/domain/0/backend/console"):
+    for parent in (RECORDS, "/vm", "/local/domain/0/backend/console", "/local/domain/0/backend"):
         store.remove_if_empty(parent)

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the system tests stand on: they run in dom0 of a real Xen host, as root, with the project installed."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from xenvm.cli.client import Monitor
+from xenvm.errors import XenvmError
+
+KERNEL = "/lab/vmlinux"  # Debian's kernel, unpacked once: half a minute of emulation saved in each test
+INITRD = "/lab/guest.gz"
+QUIET = "console=hvc0 mitigations=off rodata=off xenvm.tick_ms=200"
+CONSOLE_LOGS = Path("/var/log/xen/console")
+PATIENCE_S = 120.0
+
+
+def run(*words, timeout=300, **options):
+    return subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False, **options)
+
+
+def until(condition, what, patience_s=PATIENCE_S):
+    """Wait until the condition gives something true, and return that."""
+    end = time.monotonic() + patience_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < end, f"not within {patience_s:g} s: {what}"
+        time.sleep(0.05)
+
+
+def processes():
+    """The processes of all monitors: pid -> words of the command line."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if any(word.endswith(b"xenvm/_start.py") for word in words):
+                    found[int(entry.name)] = [word.decode() for word in words]
+    return found
+
+
+def domains():
+    """uuid -> domid of all guests, as xl sees them."""
+    lines = run("xl", "list", "-v").stdout.splitlines()[2:]
+    return {match[1]: int(line.split()[1]) for line in lines if (match := re.search(r"([0-9a-f-]{36})", line))}
+
+
+def xenstore():
+    return sorted(line.split(" = ")[0] for line in run("xenstore-ls", "-f").stdout.splitlines())
+
+
+class Vm:
+    def __init__(self, directory, **settings):
+        self.uuid = settings.pop("uuid", None) or str(uuid.uuid4())
+        self.name = settings.setdefault("name", f"xenvm-test-{self.uuid[:8]}")
+        self.file = Path(directory) / f"{self.uuid}.cfg"
+        self.settings = {
+            "uuid": self.uuid,
+            "kernel": KERNEL,
+            "initrd": INITRD,
+            "memory": 128,
+            "cmdline": f"{QUIET} xenvm.mode={settings.pop('mode', 'normal')}",
+            **settings,
+        }
+        self.write()
+
+    def write(self, **changes):
+        self.settings.update(changes)
+        self.file.write_text("".join(f"{key} = {value}\n" for key, value in self.settings.items()))
+
+    def start(self, code=0):
+        done = run("xenvm", str(self.file))
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    def begin(self):
+        return subprocess.Popen(["xenvm", str(self.file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def cmd(self, *words, code=0, **options):
+        done = run("xenvm-cmd", self.uuid, *words, **options)
+        assert done.returncode == code, f"{words}: {done.returncode}: {done.stdout}{done.stderr}"
+        return done
+
+    def ask(self, method, **params):
+        with Monitor.connect(self.uuid, reply_timeout_s=300) as monitor:
+            return monitor.call(method, **params)
+
+    def status(self):
+        return self.ask("status").data
+
+    @property
+    def state(self):
+        return self.status()["state"]
+
+    def until(self, state, patience_s=PATIENCE_S):
+        return until(lambda: (now := self.status())["state"] == state and now, f"state {state}", patience_s)
+
+    @property
+    def domid(self):
+        return self.status()["domid"]
+
+    def console(self):
+        """All that the guest of this name has printed, over every incarnation."""
+        with contextlib.suppress(FileNotFoundError):
+            return (CONSOLE_LOGS / f"guest-{self.name}.log").read_text(errors="replace")
+        return ""
+
+    def boots(self):
+        return self.console().count("GUEST-UP")
+
+    def ticks(self):
+        """The ticks since the last boot."""
+        text = self.console().rpartition("GUEST-UP")[2]
+        return [int(number) for number in re.findall(r"^tick (\d+)\r?$", text, re.MULTILINE)]
+
+    def up(self, boots=1):
+        until(lambda: self.boots() >= boots and self.ticks(), "guest userspace up and ticking")
+
+    def broker(self):
+        return int(Path(f"/run/xenvm/lock-{self.uuid}").read_text())
+
+    def pids(self):
+        """role -> pid of this monitor's processes."""
+        broker = self.broker()
+        found = {"broker": broker}
+        for pid, words in processes().items():
+            with contextlib.suppress(OSError, IndexError):
+                stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                if int(stat[1]) == broker:
+                    found[words[5]] = pid
+        return found
+
+    def end(self):
+        """Destroy and quit, whatever the test has left; nothing may remain."""
+        with contextlib.suppress(XenvmError):
+            self.ask("destroy")
+        with contextlib.suppress(XenvmError):
+            self.ask("quit")
+        until(lambda: not Path(f"/run/xenvm/lock-{self.uuid}").exists(), "the monitor has ended", 60)
+
+    def left(self):
+        """Everything on the host that still belongs to this VM."""
+        found = [f"domain {number}" for name, number in domains().items() if name == self.uuid]
+        found += [path for path in xenstore() if self.uuid in path]
+        found += [str(path) for path in Path("/run/xenvm").iterdir() if self.uuid in path.name]
+        found += [f"process {pid} {words}" for pid, words in processes().items() if self.uuid in " ".join(words)]
+        return found
+
+
+@pytest.fixture
+def vm(tmp_path):
+    made = []
+
+    def make(**settings):
+        made.append(Vm(tmp_path, **settings))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.end()
+        assert one.left() == []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """No test may leave a process, a guest, a xenstore node or a socket on the host."""
+    before = xenstore()
+    yield
+    until(lambda: not processes(), "all processes of all monitors have ended", 60)
+    assert domains() == {}
+    assert [path for path in xenstore() if path not in before and not path.startswith("/tool")] == []
+    assert list(Path("/run/xenvm").iterdir()) == []
+
+
+def kill(pid, number=signal.SIGKILL):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def json_of(done):
+    return json.loads(done.stdout)

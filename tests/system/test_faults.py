@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What dies, and what must not die with it."""
+
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import domains, kill, run, until
+
+
+def steady(guest, seconds=3.0):
+    """Assert that the guest ticks on without a gap: no tick missing, and about as many as the time allows."""
+    before = len(guest.ticks())
+    time.sleep(seconds)
+    ticks = guest.ticks()
+    assert ticks == list(range(1, len(ticks) + 1))
+    assert len(ticks) > before
+
+
+def test_quit_leaves_the_guest_and_the_next_start_adopts_it(vm):
+    guest = vm()
+    guest.start()
+    guest.up()
+    domid = guest.domid
+    guest.cmd("quit")
+    until(lambda: not Path(f"/run/xenvm/vm-{guest.uuid}").exists(), "the monitor has ended")
+    assert domains() == {guest.uuid: domid}
+    guest.cmd("status", code=4)
+    steady(guest)
+    guest.start()
+    assert guest.domid == domid
+    assert guest.boots() == 1
+    guest.cmd("pause")
+    guest.cmd("quit")
+    guest.start()
+    assert guest.state in ("paused", "created")
+    guest.cmd("unpause")
+    steady(guest)
+
+
+@pytest.mark.parametrize("victims", [["supervisor"], ["watcher"], ["broker"], ["supervisor", "watcher", "broker"]])
+def test_kill_9_of_the_monitor(vm, victims):
+    guest = vm()
+    guest.start()
+    guest.up()
+    domid, pids = guest.domid, guest.pids()
+    assert set(pids) >= {"broker", "supervisor", "watcher"}
+    for role in victims:
+        kill(pids[role])
+    if "broker" in victims:
+        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids.values()), "the rest has ended too")
+        guest.cmd("status", code=4)
+        steady(guest)
+        guest.start()
+    else:
+        until(lambda: guest.pids().get(victims[0]) not in (None, pids[victims[0]]), "it was replaced")
+    assert guest.domid == domid
+    assert guest.boots() == 1
+    steady(guest)
+    guest.cmd("restart")  # death is still noticed
+    guest.up(boots=2)
+
+
+def test_a_guest_that_ended_while_nobody_watched(vm):
+    guest = vm(mode="poweroff")
+    guest.start()
+    guest.up()
+    kill(guest.broker())
+    until(lambda: "Power down" in guest.console(), "the guest has powered off")
+    guest.start()
+    until(lambda: guest.boots() == 2, "the policy was done and the guest started anew")
+
+
+def test_destroy_at_any_moment_of_a_start(vm):
+    """From the first moment the socket answers to the end of the start, in ten steps."""
+    guest = vm()
+    begin = time.monotonic()
+    guest.start()
+    whole_s = time.monotonic() - begin
+    guest.end()
+    hits = 0
+    for step in range(10):
+        starting = guest.begin()
+        until(lambda: Path(f"/run/xenvm/vm-{guest.uuid}").exists() or starting.poll() is not None, "socket")
+        time.sleep(whole_s * step / 12)
+        destroyed = run("xenvm-cmd", guest.uuid, "destroy")
+        text = starting.communicate(timeout=120)[0]
+        assert destroyed.returncode == 0, f"step {step}: {destroyed.stderr} {text}"
+        hits += "destroyed while" in text
+        assert guest.state == "shutdown"
+        assert guest.uuid not in domains()
+        assert [path for path in guest.left() if path.startswith("/") and not path.startswith("/run/xenvm")] == []
+        guest.cmd("destroy")  # twice is harmless
+        guest.cmd("quit")
+        until(lambda: guest.left() == [], f"step {step}: nothing left")
+    assert hits >= 3
+
+
+def test_kill_9_of_the_builder_during_a_start(vm):
+    guest = vm()
+    killed = 0
+    for delay_s in (0.0, 0.3, 0.8, 1.5):
+        starting = guest.begin()
+        pid = until(lambda: _builder() or starting.poll() is not None, "a builder")
+        time.sleep(delay_s)
+        if pid is not True:
+            kill(pid)
+        text = starting.communicate(timeout=120)[0]
+        if starting.returncode:
+            killed += 1
+            assert "builder died of SIGKILL" in text or "builder" in text
+            until(lambda: guest.left() == [], "nothing left")
+        else:
+            guest.end()
+    assert killed >= 2
+    guest.start()
+
+
+def test_kill_9_of_broker_and_builder_during_a_start(vm):
+    guest = vm()
+    starting = guest.begin()
+    until(lambda: guest.uuid in domains() or starting.poll() is not None, "half a domain")
+    kill(guest.broker())
+    starting.communicate(timeout=60)
+    guest.start()  # removes what was left, and starts
+    guest.up()
+
+
+def _builder():
+    for pid, words in _processes().items():
+        if "builder" in words:
+            return pid
+    return 0
+
+
+def _processes():
+    from conftest import processes
+
+    return processes()
+
+
+def test_only_one_monitor_for_a_uuid(vm):
+    guest = vm()
+    both = [guest.begin(), guest.begin()]
+    texts = [one.communicate(timeout=300)[0] for one in both]
+    assert sorted(one.returncode for one in both) == [0, 9], texts
+    assert f"serves {guest.uuid}" in "".join(texts)
+    assert guest.start(code=9).returncode == 9
+    assert list(domains()) == [guest.uuid]
+
+
+@pytest.mark.parametrize("count", [4, 16])
+def test_many_at_once(vm, count):
+    guests = [vm(memory=112) for _ in range(count)]
+    starting = [guest.begin() for guest in guests]
+    for one in starting:
+        assert one.wait(timeout=900) == 0, one.communicate()[0]
+    assert set(domains()) == {guest.uuid for guest in guests}
+    assert len(re.findall(r" running ", run("xenvm-cmd", "list").stdout)) == count
+    for guest in guests:
+        until(lambda guest=guest: guest.ticks(), "every guest ticks", 600)
+    stopping = [subprocess.Popen(["xenvm-cmd", guest.uuid, "shutdown", "timeout=300"]) for guest in guests]
+    for one in stopping:
+        assert one.wait(timeout=400) == 0
+    assert domains() == {}
