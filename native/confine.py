@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-# ruff: noqa: INP001 (a build script, not part of the package)
+
 """Build script of `xenvm._confine`: the kernel calls behind xenvm.boundary.confine that Python lacks.
 
 Every function returns -errno on failure. Constants that the kernel headers of Debian 12 (linux-libc-dev 6.1) lack are

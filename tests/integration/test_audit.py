@@ -281,7 +281,7 @@ DEVIATIONS = {
     "bounding set": (Role.SUPERVISOR, "module._cut_bounding = module._compare = nothing", "", {"CapBnd"}),
     "fewer capabilities": (
         Role.BROKER,
-        "row = row.but(capabilities=row.capabilities - {'CAP_CHOWN'})",
+        "row = row.but(capabilities=row.capabilities - {'CAP_KILL'})",
         "",
         {"CapPrm", "CapEff", "CapBnd"},
     ),

@@ -190,3 +190,9 @@ def kill(pid, number=signal.SIGKILL):
 
 def json_of(done):
     return json.loads(done.stdout)
+
+
+def pytest_runtest_logreport(report):
+    """Show a failure when it happens: a whole run takes long, and may be cut off."""
+    if report.failed:
+        print(f"\n{report.nodeid} ({report.when}, {report.duration:.0f} s)\n{report.longreprtext}", flush=True)

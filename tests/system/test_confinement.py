@@ -7,6 +7,7 @@ import pwd
 import re
 import socket
 import struct
+import subprocess
 import time
 from pathlib import Path
 
@@ -96,7 +97,13 @@ def test_the_guest_may_write_only_its_own_nodes(vm):
     guest.start()
     domid = guest.domid
     tree = run("xenstore-ls", "-fp").stdout.splitlines()
-    ours = [line for line in tree if line.startswith((f"/local/domain/{domid}", f"/vm/{guest.uuid}", "/xenvm", f"/local/domain/0/backend/console/{domid}"))]
+    ours = [
+        line
+        for line in tree
+        if line.startswith(
+            (f"/local/domain/{domid}", f"/vm/{guest.uuid}", "/xenvm", f"/local/domain/0/backend/console/{domid}")
+        )
+    ]
     owned = set()
     for line in ours:
         path, entries = line.split(" = ")[0], re.findall(r"\(([^()]*)\)\s*$", line)[0]
@@ -164,8 +171,6 @@ def test_rights_on_the_command_socket(vm):
 
 
 def test_foreground_tells_the_service_manager(vm, tmp_path):
-    import subprocess
-
     guest = vm(startup="shutdown")
     path = tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:

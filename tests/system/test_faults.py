@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import domains, kill, run, until
+from conftest import domains, kill, processes, run, until
 
 
 def steady(guest, seconds=3.0):
@@ -83,7 +83,7 @@ def test_destroy_at_any_moment_of_a_start(vm):
     hits = 0
     for step in range(10):
         starting = guest.begin()
-        until(lambda: Path(f"/run/xenvm/vm-{guest.uuid}").exists() or starting.poll() is not None, "socket")
+        until(lambda one=starting: Path(f"/run/xenvm/vm-{guest.uuid}").exists() or one.poll() is not None, "socket")
         time.sleep(whole_s * step / 12)
         destroyed = run("xenvm-cmd", guest.uuid, "destroy")
         text = starting.communicate(timeout=120)[0]
@@ -103,7 +103,7 @@ def test_kill_9_of_the_builder_during_a_start(vm):
     killed = 0
     for delay_s in (0.0, 0.3, 0.8, 1.5):
         starting = guest.begin()
-        pid = until(lambda: _builder() or starting.poll() is not None, "a builder")
+        pid = until(lambda one=starting: _builder() or one.poll() is not None, "a builder")
         time.sleep(delay_s)
         if pid is not True:
             kill(pid)
@@ -129,16 +129,7 @@ def test_kill_9_of_broker_and_builder_during_a_start(vm):
 
 
 def _builder():
-    for pid, words in _processes().items():
-        if "builder" in words:
-            return pid
-    return 0
-
-
-def _processes():
-    from conftest import processes
-
-    return processes()
+    return next((pid for pid, words in processes().items() if "builder" in words), 0)
 
 
 def test_only_one_monitor_for_a_uuid(vm):

@@ -7,7 +7,11 @@ import struct
 
 import pytest
 
+from xenvm.boundary.frames import Channel
+from xenvm.boundary.messages import Hello, Watch, WatchEvent
 from xenvm.errors import ProtocolError
+from xenvm.helpers import serve
+from xenvm.helpers.watcher import main as watcher
 from xenvm.helpers.watcher import wire
 from xenvm.helpers.watcher.wire import NAME_LIMIT_BYTES, PAYLOAD_LIMIT_BYTES, Request, WatchConnection
 
@@ -100,7 +104,8 @@ def test_the_longest_payload_is_accepted(peers):
 
 
 @pytest.mark.parametrize(
-    "payload", [b"", b"\0", b"path\0", b"path\0token", b"path\0token\0more\0", b"path\0" + b"t" * (NAME_LIMIT_BYTES + 1) + b"\0"]
+    "payload",
+    [b"", b"\0", b"path\0", b"path\0token", b"path\0token\0more\0", b"path\0" + b"t" * (NAME_LIMIT_BYTES + 1) + b"\0"],
 )
 def test_an_event_of_another_form_is_refused(peers, payload):
     connection, xenstored = peers
@@ -115,3 +120,83 @@ def test_an_answer_nobody_asked_for_is_refused(peers, kind):
     xenstored.sendall(packet(kind, b"OK\0"))
     with pytest.raises(ProtocolError, match=f"type {kind}"):
         list(connection.events())
+
+
+@pytest.fixture
+def process(monkeypatch):
+    """The watcher's main with all its peers here: the broker, the supervisor and xenstored."""
+    broker, broker_end = Channel.pair()
+    supervisor, supervisor_end = Channel.pair()
+    xenstored, xenstored_end = socket.socketpair()
+    monkeypatch.setattr(serve, "broker_channel", lambda: broker_end)
+    monkeypatch.setattr(serve, "drop", lambda role, keep: Hello(role.value, 1, f"{keep == {xenstored_end.fileno()}}"))
+    monkeypatch.setattr(watcher.xenstored, "connect", lambda: xenstored_end)
+    monkeypatch.setattr(watcher.Channel, "from_descriptor", lambda _number: supervisor_end)
+    yield broker, supervisor, xenstored
+    for end in (broker, broker_end, supervisor, supervisor_end, xenstored, xenstored_end):
+        end.close()
+
+
+def test_events_that_arrive_together_become_one_message(process):
+    _, supervisor, xenstored = process
+    xenstored.sendall(packet(WATCH, b"OK\0") + event(b"release") * 500)
+    xenstored.shutdown(socket.SHUT_WR)
+    with pytest.raises(ProtocolError, match="closed"):
+        watcher.main()
+    assert supervisor.receive(deadline_s=5) == (Watch(WatchEvent.ARMED), [])
+    with pytest.raises(BlockingIOError):
+        supervisor.receive_now()
+
+
+def test_what_follows_an_event_in_the_same_read_is_seen_too(process):
+    _, _, xenstored = process
+    xenstored.sendall(event(b"release") + packet(ERROR, b"EINVAL\0"))
+    xenstored.shutdown(socket.SHUT_WR)
+    with pytest.raises(ProtocolError, match="refused"):
+        watcher.main()
+
+
+def test_the_first_message_says_that_the_watch_stands(process):
+    broker, _, xenstored = process
+    looked = []
+
+    def look(message, **_):
+        looked.append(message.event)
+        if len(looked) < 3:
+            xenstored.sendall(event(b"release"))
+        else:
+            broker.close()
+
+    supervisor_end = watcher.Channel.from_descriptor(4)
+    supervisor_end.send = look
+    xenstored.sendall(event(b"release"))
+    assert watcher.main() == 0
+    assert looked == [WatchEvent.ARMED, WatchEvent.RELEASED, WatchEvent.RELEASED]
+
+
+def test_a_supervisor_that_does_not_read_does_not_stop_the_watcher(process):
+    broker, supervisor, xenstored = process
+    supervisor_end, sent = watcher.Channel.from_descriptor(4), []
+    real = supervisor_end.send
+
+    def send(message, **options):
+        sent.append(message)
+        if len(sent) < 2000:
+            xenstored.sendall(event(b"release"))
+        else:
+            broker.close()
+        real(message, **options)
+
+    supervisor_end.send = send
+    xenstored.sendall(event(b"release"))
+    assert watcher.main() == 0
+    assert len(sent) == 2000
+    assert supervisor.receive(deadline_s=5) == (Watch(WatchEvent.ARMED), [])
+
+
+def test_it_greets_before_it_watches_and_keeps_one_descriptor(process):
+    broker, _, xenstored = process
+    xenstored.close()
+    with pytest.raises((ProtocolError, OSError)):
+        watcher.main()
+    assert broker.receive(deadline_s=5) == (Hello("watcher", 1, "True"), [])

@@ -192,10 +192,10 @@ _ROWS: Final = (
         role=Role.BROKER,
         user=None,
         # SETUID, SETGID, SETPCAP: the children give up root with them. KILL: to end a child, also by its parent-death
-        # signal, which the kernel checks against the dying parent. CHOWN: the log and the command socket belong to the
-        # group xenvm. DAC_READ_SEARCH: a kernel image may belong to anybody. Directories and /dev/xen belong to root.
+        # signal, which the kernel checks against the dying parent.
+        # DAC_READ_SEARCH: a kernel image may belong to anybody. Directories and /dev/xen belong to root.
         capabilities=frozenset(
-            {"CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_KILL", "CAP_CHOWN", "CAP_DAC_READ_SEARCH"},
+            {"CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_KILL", "CAP_DAC_READ_SEARCH"},
         ),
         no_new_privs=True,
         syscalls=None,

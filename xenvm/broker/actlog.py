@@ -106,7 +106,7 @@ class ActLog:
             taken *= 4
 
     def append(self, act: str, **details: object) -> None:
-        """Write one record and wait until it is on the disk; OSError when it is not, and then nothing of it stays."""
+        """Write one record and wait until it is on the disk; else XenvmError, and nothing of it stays."""
         record: dict[str, object] = {
             "n": self._number + 1,
             "time": round(time.time(), 3),
@@ -120,10 +120,13 @@ class ActLog:
 
     def _write(self, data: bytes) -> None:
         before = os.fstat(self._descriptor).st_size
-        if os.write(self._descriptor, data) != len(data):
-            os.ftruncate(self._descriptor, before)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.fdatasync(self._descriptor)
+        try:
+            if os.write(self._descriptor, data) != len(data):
+                os.ftruncate(self._descriptor, before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # noqa: TRY301
+            os.fdatasync(self._descriptor)
+        except OSError as error:
+            raise XenvmError(f"the act log cannot be written: {error.strerror}", hint="make room for it") from error
 
 
 def read(*paths: str) -> Iterator[dict[str, object]]:

@@ -110,13 +110,15 @@ class Broker:
             while not self._quitting:
                 self._turn(wakeup)
         except XenvmError as error:
-            self._acts.append("gave up", why=error.message)
             self._started(int(error.code), error.message)
-            return int(error.code)
+            why, code = error.message, int(error.code)
+        else:
+            why, code = "asked to", 0
         finally:
             self._end_children()
-            self._acts.append("closed")
-        return 0
+        with contextlib.suppress(XenvmError):  # without space for the log the guest still runs on
+            self._acts.append("closed", why=why)
+        return code
 
     def _turn(self, wakeup: int) -> None:
         for lost in (self._supervisor, self._watcher):
@@ -158,8 +160,6 @@ class Broker:
 
     def _end_children(self) -> None:
         """End all children; the supervisor gets a moment to flush its last replies."""
-        if self._work:
-            self._acts.append("ended job", op=self._work.op.value)
         if self._supervisor:
             self._supervisor.channel.close()
             self._supervisor.end(grace_ms=2000)
@@ -273,6 +273,7 @@ class Broker:
                 self._acts.append("quit")
                 self._quitting = True
             elif ask.op is Op.CONSOLE_LOG:
+                self._acts.append("opened", what="console log", name=self._grants.name)
                 self._hand_over(ask.sequence, host.open_console_log(self._grants.name))
             elif ask.op is Op.READ_CONFIG:
                 self._read_config()
@@ -380,18 +381,22 @@ class Broker:
             self._phase, self._domid = VmPhase.BUILT, domain.domid
 
     def _tidy_up(self) -> None:
-        """Run a destroy job to its end; its failure is logged, and the record in xenstore lets the next start retry."""
+        """Have what a dead builder left removed; a domain that was whole already stays.
+
+        A failure is logged, and the record in xenstore lets the next look or start retry.
+        """
         deadline_s = PERMITS[Op.DESTROY].deadline_s
         builder = Child(Role.BUILDER, self._log, {}, self._grants.uuid)
-        self._acts.append("job", op="destroy", domid=-1, pid=builder.pid)
+        self._acts.append("job", op="find", domid=-1, pid=builder.pid)
         try:
-            builder.channel.send(Job(Op.DESTROY, self._grants.uuid, -1, self._grants))
+            builder.channel.send(Job(Op.FIND, self._grants.uuid, -1, self._grants))
             while (received := builder.channel.receive(deadline_s=deadline_s)) is not None:
                 if isinstance(received[0], Done | Failed):
-                    self._acts.append("result", op="destroy", result=type(received[0]).__name__)
+                    self._acts.append("result", op="find", result=type(received[0]).__name__)
+                    self._learn(received[0].domain)
                     return
         except XenvmError as error:
-            self._acts.append("result", op="destroy", result=error.message[:200])
+            self._acts.append("result", op="find", result=error.message[:200])
         finally:
             builder.end(grace_ms=2000)
 
@@ -413,8 +418,10 @@ def _allow(times: deque[float], per_minute: int) -> bool:
 
 def signal_pipe() -> int:
     """Turn SIGTERM, SIGINT and SIGHUP into bytes (their numbers) on the returned descriptor."""
-    readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    signal.set_wakeup_fd(writable)
+    readable, writable = socket.socketpair()
+    readable.setblocking(False)
+    writable.setblocking(False)
+    signal.set_wakeup_fd(writable.detach())
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
-    return readable
+    return readable.detach()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import sys
@@ -23,17 +24,28 @@ if TYPE_CHECKING:
 
 LAUNCHER, CONFIG = 3, 4
 PARSE_WAIT_S: Final = 30.0
+TEXT_LIMIT_BYTES: Final = 60000
 
 
 class Launcher:
     """Whoever started the monitor and waits to hear how that went; told once."""
 
     def __init__(self, *, background: bool, notify: str) -> None:
-        self.background = background
         self._channel = Channel.from_descriptor(LAUNCHER) if background else None
         self._notify = notify
         self._told = False
+        self._log = -1
         self.uuid = ""
+
+    def to_log(self, log: int = -1) -> None:
+        """Give the terminal or journal of whoever started the monitor back: from now on output goes to the log.
+
+        In the background at once, in the foreground when the outcome has been told.
+        """
+        self._log = log if log >= 0 else self._log
+        if self._log >= 0 and (self._told or self._channel is not None):
+            os.dup2(self._log, 1)
+            os.dup2(self._log, 2)
 
     def tell(self, code: int, text: str) -> None:
         """Report the outcome; later calls do nothing."""
@@ -45,9 +57,10 @@ class Launcher:
                 os.write(2, text.encode() + b"\n")
             if self._notify and code == 0:
                 _notify_ready(self._notify)
+            self.to_log()
             return
         with contextlib.suppress(XenvmError):  # nobody may wait any more; the log has it
-            self._channel.send(Outcome(code, self.uuid, text[:60000]))
+            self._channel.send(Outcome(code, self.uuid, _cut(text)))
         self._channel.close()
 
 
@@ -68,9 +81,7 @@ def serve(
         undo.callback(host.remove, host.socket_path(directory, grants.uuid))
         undo.callback(listener.close)
         log = host.open_log(grants.uuid, grants.output)
-        if launcher.background:  # whoever started the monitor gets its terminal back
-            os.dup2(log, 1)
-            os.dup2(log, 2)
+        launcher.to_log(log)
         acts = ActLog(f"{host.LOG_DIRECTORY}/{grants.uuid}.acts")
         acts.append("confined", role="broker", pid=os.getpid(), proof=proof)
         acts.append("sealed", grants=grants.as_body())
@@ -125,6 +136,14 @@ def _parsed(parser: Child, config_file: str) -> tuple[Grants, Policy, dict[str, 
         text = "\n".join(issue.show(config_file) for issue in issues)
         raise ConfigError(text or f"{config_file}: refused")
     return parsed.grants[0], parsed.policy[0], parsed.fields, parsed.uuid_given
+
+
+def _cut(text: str) -> str:
+    """Shorten a text to what a frame holds, in which one character may take twelve bytes."""
+    whole = text
+    while len(json.dumps(text)) > TEXT_LIMIT_BYTES:
+        text = text[: len(text) * 3 // 4]
+    return text if text == whole else f"{text}\n..."
 
 
 def _notify_ready(path: str) -> None:

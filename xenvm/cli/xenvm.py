@@ -7,11 +7,12 @@ Run by root it only opens the config file and starts the broker; a process witho
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 
 from xenvm.boundary.spawn import command, spawn
-from xenvm.errors import ExitCode, ProtocolError, TimeoutExpiredError, UsageError, XenvmError
+from xenvm.errors import ExitCode, ProtocolError, UsageError, XenvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def _start(path: str, config: int, *, foreground: bool) -> int:
     # Below the spawn, so that the broker starts while this process imports.
     from xenvm.boundary.frames import Channel  # noqa: PLC0415
     from xenvm.boundary.messages import Outcome  # noqa: PLC0415
+    from xenvm.cli.render import plain  # noqa: PLC0415
 
     received = Channel(ours).receive(deadline_s=START_WAIT_S)
     if received is None:
@@ -90,9 +92,9 @@ def _start(path: str, config: int, *, foreground: bool) -> int:
     if not isinstance(outcome, Outcome):
         raise ProtocolError("the monitor answered with something else")
     if outcome.code:
-        sys.stderr.write(outcome.text + "\n")
+        sys.stderr.write(plain(outcome.text) + "\n")
     else:
-        sys.stdout.write(f"{outcome.uuid}\n" + (f"{outcome.text}\n" if outcome.text else ""))
+        sys.stdout.write(f"{outcome.uuid}\n" + (f"{plain(outcome.text)}\n" if outcome.text else ""))
     return outcome.code
 
 
@@ -109,16 +111,15 @@ def _check(path: str, config: int) -> int:
         while (received := channel.receive(deadline_s=PARSE_WAIT_S)) is not None:
             if isinstance(received[0], messages.Parsed):
                 return _report(path, received[0])
-    except TimeoutExpiredError:
-        os.kill(pid, 9)
-        raise
-    finally:
+    finally:  # it has answered, or never will
+        os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     raise XenvmError(f"{path}: the parser ended without an answer")
 
 
 def _report(path: str, parsed: Parsed) -> int:
     from xenvm.boundary.messages import ConfigIssue  # noqa: PLC0415 - see above
+    from xenvm.cli.render import plain  # noqa: PLC0415
 
     issues = [*parsed.issues]
     for key, image in (("kernel", parsed.kernel), ("initrd", parsed.initrd)):
@@ -126,7 +127,7 @@ def _report(path: str, parsed: Parsed) -> int:
             text = f"{key} = {image}"[:1000]
             issues.append(ConfigIssue(parsed.lines.get(key, 0), text, f"{key}: cannot read {image[:500]}", ""))
     for issue in sorted(issues, key=lambda issue: issue.line):
-        sys.stderr.write(issue.show(path) + "\n")
+        sys.stderr.write(plain(issue.show(path)) + "\n")
     if issues:
         return int(ExitCode.CONFIG_REFUSED)
     sys.stdout.write(f"{path}: fine\n")

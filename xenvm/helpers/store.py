@@ -9,43 +9,23 @@ answer, in the calling thread, within a deadline.
 from __future__ import annotations
 
 import errno
-import socket
 import time
 
 from pyxs import Client, PyXSError
 from pyxs._internal import NUL, Op, Packet, next_rq_id
 
-from xenvm.errors import TimeoutExpiredError, XenvmError
+from xenvm.errors import TimeoutExpiredError
+from xenvm.helpers.xenstored import StoreError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Iterable
     from typing import Any, Final
 
 PAYLOAD_LIMIT_BYTES: Final = 4096  # XENSTORE_PAYLOAD_MAX, xen/io/xs_wire.h
-SOCKET_PATHS: Final = ("/run/xenstored/socket", "/var/run/xenstored/socket")
 TRANSACTION_TRIES: Final = 32
-
-
-class StoreError(XenvmError):
-    """xenstored refused or cannot be reached."""
-
-
-def connect() -> socket.socket:
-    """Connect to xenstored (needs root). Raise StoreError when no daemon listens."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.settimeout(10.0)
-    for path in SOCKET_PATHS:
-        try:
-            connection.connect(path)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise StoreError(f"cannot connect to xenstored at {path}: {error.strerror}") from error
-        return connection
-    raise StoreError(
-        f"cannot connect to xenstored: no socket at {SOCKET_PATHS[0]}", hint="is this a Xen host, and is xenstored up?"
-    )
+_PYXS_ERRORS: Final = (PyXSError, ValueError)  # ValueError: an error name or a number that is none
 
 
 class _Answer:
@@ -81,6 +61,8 @@ class Router:
         self._socket.settimeout(self._deadline_s)
         try:
             self._socket.sendall(header + packet.payload)
+        except TimeoutError as error:
+            raise TimeoutExpiredError(f"xenstored took no request within {self._deadline_s:g} s") from error
         except OSError as error:
             raise StoreError(f"xenstored is gone: {error}") from error
         return _Answer(self, packet)
@@ -95,7 +77,10 @@ class Router:
         payload = self._read(size, end)
         if request != sent.rq_id:
             raise StoreError("xenstored answered another request")
-        return Packet(op, payload, request, transaction)
+        try:
+            return Packet(op, payload, request, transaction)
+        except PyXSError as error:
+            raise StoreError(f"xenstored answered with the unknown kind {op}") from error
 
     def _read(self, size: int, end: float) -> bytes:
         got = bytearray()
@@ -127,7 +112,7 @@ class Store:
         """Return the value, which a guest may have written: at most 4096 bytes of anything."""
         try:
             value: bytes = self._client.read(path.encode("ascii"))
-        except PyXSError as error:
+        except _PYXS_ERRORS as error:
             if error.args and error.args[0] == errno.ENOENT:
                 return None
             raise _refused("read", path, error) from error
@@ -156,7 +141,7 @@ class Store:
         def steps() -> None:
             try:
                 children = self._client.list(path.encode("ascii"))
-            except PyXSError:  # gone already, or so full that its list does not fit into one answer
+            except _PYXS_ERRORS:  # gone already, or so full that its list does not fit into one answer
                 return
             if not children:
                 self.remove(path)
@@ -181,13 +166,13 @@ class Store:
     def transaction(self, steps: Callable[[], None]) -> None:
         """Run `steps` in a transaction, again from the start while another writer was faster (bounded)."""
         for attempt in range(TRANSACTION_TRIES):
-            self._client.transaction()
+            _translated(self._client.transaction)
             try:
                 steps()
             except BaseException:
-                self._client.rollback()
+                _translated(self._client.rollback)
                 raise
-            committed = self._client.commit()
+            committed = _translated(self._client.commit)
             self._client.tx_id = 0  # pyxs 0.4.1 keeps the number of a lost transaction
             if committed:
                 return
@@ -203,7 +188,15 @@ class Store:
             raise StoreError(f"xenstore {what} {path}: answer of another kind")
 
 
-def _refused(what: str, path: str, error: PyXSError) -> StoreError:
+def _translated(step: Callable[[], object]) -> object:
+    """Take one step of a transaction; what pyxs raises becomes a StoreError."""
+    try:
+        return step()
+    except _PYXS_ERRORS as error:
+        raise _refused("transaction", step.__name__, error) from error
+
+
+def _refused(what: str, path: str, error: Exception) -> StoreError:
     refused = StoreError(f"xenstore {what} {path}: {error}")
     refused.__cause__ = error
     return refused

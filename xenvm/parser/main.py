@@ -7,15 +7,18 @@ It has no privilege at all, not even to open a file: whether the kernel exists i
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import uuid as uuids
 
-from xenvm.boundary.frames import BODY_LIMIT_BYTES
+from xenvm.boundary.frames import BODY_LIMIT_BYTES, encode
 from xenvm.boundary.messages import Affinity, ConfigIssue, CpuidRule, Grants, Parsed, Policy
 from xenvm.boundary.privileges import Role
 from xenvm.config.dump import fields
+from xenvm.config.issue import visible
 from xenvm.config.parse import MAX_FILE_BYTES, ParseResult, parse_bytes
+from xenvm.errors import ProtocolError
 from xenvm.helpers import serve
 from xenvm.model import DisplayKind, StartupKind
 
@@ -30,6 +33,8 @@ CONFIG: Final = 4
 ISSUES_LIMIT: Final = 200
 # Room for everything in the answer but the values of `get`, in bytes: grants repeat paths and the command line.
 FIELDS_LIMIT_BYTES: Final = BODY_LIMIT_BYTES // 2
+ISSUES_LIMIT_BYTES: Final = BODY_LIMIT_BYTES // 2
+MESSAGE_LIMIT_BYTES: Final = BODY_LIMIT_BYTES * 3 // 4  # the broker passes it on, together with the path of the file
 
 
 def main() -> int:
@@ -46,23 +51,47 @@ def main() -> int:
 
 def answer(result: ParseResult, fresh_uuid: str) -> Parsed:
     """Return what the broker needs of a parsed file; `fresh_uuid` serves when the file gives none."""
-    issues = [ConfigIssue(i.line, i.text[:1000], i.message[:1000], i.hint[:1000]) for i in result.issues]
+    issues = [ConfigIssue(i.line, visible(i.text)[:1000], i.message[:1000], i.hint[:1000]) for i in result.issues]
     config = result.config
     if config is not None:
         issues += _not_yet(config, result)
     values = fields(config) if config is not None else {}
     if sum(map(len, values.values())) > FIELDS_LIMIT_BYTES:
         issues.append(ConfigIssue(0, "", f"the values add up to more than {FIELDS_LIMIT_BYTES} bytes", ""))
-    left_out = len(issues) - ISSUES_LIMIT
-    if left_out > 0:
-        issues[ISSUES_LIMIT:] = [ConfigIssue(0, "", f"and {left_out} more errors", "")]
+    made = _message(result, issues, fresh_uuid)
+    if made.grants and not _fits(made):
+        made = _message(result, [ConfigIssue(0, "", "the file says more than a monitor can hold", "")], fresh_uuid)
+    return made
+
+
+def _fits(message: Parsed) -> bool:
+    try:
+        return len(encode(message)) <= MESSAGE_LIMIT_BYTES
+    except ProtocolError:
+        return False
+
+
+def _first(issues: list[ConfigIssue]) -> list[ConfigIssue]:
+    """Return as many issues as a frame holds, and how many more there are."""
+    kept, size = 0, 0
+    for issue in issues[:ISSUES_LIMIT]:
+        size += len(json.dumps(issue.as_body()))
+        if size > ISSUES_LIMIT_BYTES:
+            break
+        kept += 1
+    left_out = len(issues) - kept
+    return issues[:kept] + ([ConfigIssue(0, "", f"and {left_out} more errors", "")] if left_out else [])
+
+
+def _message(result: ParseResult, issues: list[ConfigIssue], fresh_uuid: str) -> Parsed:
+    config = result.config
     good = config if config is not None and not issues else None
     kernel, initrd = (_path(result, name) for name in ("kernel", "initrd"))
     return Parsed(
-        issues=tuple(issues),
+        issues=tuple(_first(issues)),
         grants=(_grants(good, fresh_uuid),) if good else (),
         policy=(_policy(good),) if good else (),
-        fields=values if good else {},
+        fields=fields(good) if good else {},
         kernel=kernel,
         initrd=initrd,
         lines={name: result.lines.get(name, 0) for name in ("kernel", "initrd")},
@@ -72,7 +101,7 @@ def answer(result: ParseResult, fresh_uuid: str) -> Parsed:
 
 def _path(result: ParseResult, name: str) -> str:
     value = result.partial.get(name)
-    return value if isinstance(value, str) and len(value) < 4096 else ""
+    return value if isinstance(value, str) else ""
 
 
 def _grants(config: Config, fresh_uuid: str) -> Grants:

@@ -25,6 +25,7 @@ LENGTH: Final = struct.Struct(">I")
 REQUEST_LIMIT_BYTES: Final = 64 * 1024
 OUTPUT_LIMIT_BYTES: Final = 1 << 20  # of a client that does not read, then it is dropped
 CLIENTS_LIMIT: Final = 128
+KEPT_FOR_ROOT: Final = 16  # of those, so that no crowd of users locks the administrator out
 CLIENTS_PER_USER: Final = 32
 REQUEST_WAIT_S: Final = 10.0  # from its first byte to its last
 PARAMS_LIMIT: Final = 16
@@ -188,7 +189,8 @@ def accept(listener: socket.socket, rights: Rights, clients: list[Client]) -> Cl
         return None
     uid, groups = _peer(connection)
     same_user = sum(client.uid == uid for client in clients)
-    if len(clients) >= CLIENTS_LIMIT or (uid != 0 and same_user >= CLIENTS_PER_USER):
+    full = len(clients) >= (CLIENTS_LIMIT if uid == 0 else CLIENTS_LIMIT - KEPT_FOR_ROOT)
+    if full or (uid != 0 and same_user >= CLIENTS_PER_USER):
         connection.close()
         return None
     return Client(connection, uid, rights.of(uid, groups))

@@ -160,7 +160,9 @@ def step(vm: Vm, happening: Happening) -> tuple[Vm, Op | None]:
     if happening.domid > 0:
         after = after.but(domid=happening.domid)
     if event is Event.ENDED_REBOOT:
-        quick = happening.now_s - vm.started_s < QUICK_DEATH_S and vm.state is not State.REBOOTING  # then a command did it
+        quick = (
+            happening.now_s - vm.started_s < QUICK_DEATH_S and vm.state is not State.REBOOTING
+        )  # then a command did it
         after = after.but(quick_deaths=vm.quick_deaths + 1 if quick else 0)
     if row.state in ALIVE and vm.state not in ALIVE and event in (Event.BUILT, Event.BUILT_PAUSED):
         after = after.but(started_s=happening.now_s, reason="")

@@ -187,6 +187,8 @@ class Builder:
                 f"domain {domains[0].domid} has this uuid but was not built by xenvm: left alone",
                 hint="destroy it with the tool that made it",
             )
+        if phase is not Phase.NONE:  # from here on it is no whole domain, should this process die
+            tree.write_record(self._store, uuid, recorded, Phase.BUILDING)
         for domain in domains:
             if domain.state is DomainState.RUNNING:
                 self._xen.pause(domain.domid)

@@ -10,7 +10,7 @@ from xenvm.boundary.frames import Channel
 from xenvm.boundary.messages import NO_DOMAIN, Done, Failed, Fault, Job, Progress
 from xenvm.boundary.privileges import Role
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
-from xenvm.helpers import serve, store
+from xenvm.helpers import serve, store, xenstored
 
 REQUEST_WAIT_S = 3600.0  # a builder may be started before it is needed; it ends with its broker
 
@@ -24,7 +24,7 @@ def main() -> int:
         from xenvm.helpers.builder.xen import Hypervisor  # noqa: PLC0415
 
         xen = Hypervisor()
-        connection = store.connect()
+        connection = xenstored.connect()
         hello = serve.drop(Role.BUILDER, xen.descriptors | {connection.fileno()})
         channel.send(hello)
     except XenvmError as error:

@@ -12,7 +12,7 @@ from xenvm.boundary.frames import Channel
 from xenvm.boundary.messages import Message, Watch, WatchEvent
 from xenvm.boundary.privileges import Role
 from xenvm.errors import TimeoutExpiredError
-from xenvm.helpers import serve, store
+from xenvm.helpers import serve, xenstored
 from xenvm.helpers.watcher.wire import WatchConnection
 
 SUPERVISOR_DESCRIPTOR = 4
@@ -23,9 +23,8 @@ def main() -> int:
     """Run until xenstored or the broker ends."""
     broker = serve.broker_channel()
     supervisor = Channel.from_descriptor(SUPERVISOR_DESCRIPTOR)
-    connection = store.connect()
+    connection = xenstored.connect()
     hello = serve.drop(Role.WATCHER, frozenset({connection.fileno()}))
-    connection.settimeout(None)
     broker.send(hello)
     watch = WatchConnection(connection)
     watch.watch(RELEASE_WATCH, b"release")
@@ -37,7 +36,7 @@ def main() -> int:
         ready = [descriptor for descriptor, _ in poll.poll()]
         if broker.fileno() in ready:
             return 0  # the broker says nothing to a watcher: it has ended
-        if any(True for _token in watch.events()):
+        if list(watch.events()):  # all of them: one message tells of every event that has arrived
             _tell(supervisor, Watch(event))
             event = WatchEvent.RELEASED
 

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the parser makes of a file for the broker: grants and policy, or a list of errors that always fits a frame."""
+
+import pytest
+
+from xenvm.boundary.frames import decode, encode
+from xenvm.config.parse import parse_bytes
+from xenvm.parser.main import ISSUES_LIMIT, UNABLE, answer
+
+FRESH = "99999999-0000-4000-8000-000000000000"
+UUID = "11111111-2222-4333-8444-555555555555"
+GOOD = b"kernel = /boot/k\nmemory = 64\nvcpus = 2\n"
+
+
+def parsed(text):
+    """Parse, and send the answer through a frame as the real process does."""
+    made = answer(parse_bytes(text, "a.cfg"), FRESH)
+    assert decode(encode(made)) == made
+    return made
+
+
+def messages(text):
+    found = parsed(text)
+    assert (found.grants, found.policy, found.fields) == ((), (), {})
+    return [(issue.line, issue.message) for issue in found.issues]
+
+
+def test_a_good_file_becomes_grants_and_policy():
+    found = parsed(GOOD + b"initrd = /boot/i\nname = web\ncmdline = root=/dev/ram0\non_crash = preserve\n")
+    assert found.issues == ()
+    (grants,), (policy,) = found.grants, found.policy
+    assert (grants.uuid, grants.name, found.uuid_given) == (FRESH, "web", False)
+    assert (grants.kernel, grants.initrd, grants.cmdline) == ("/boot/k", "/boot/i", "root=/dev/ram0")
+    assert (grants.memory_mib, grants.memory_max_mib, grants.vcpus) == (64, 64, 2)
+    assert (policy.startup, policy.on_halt, policy.on_reboot, policy.on_crash) == (
+        *("started", "destroy", "reboot", "preserve"),
+    )
+    assert (found.kernel, found.initrd, found.lines) == ("/boot/k", "/boot/i", {"kernel": 1, "initrd": 4})
+    assert found.fields["memory"] == "64"
+
+
+def test_a_given_uuid_is_kept_and_serves_as_the_name():
+    found = parsed(GOOD + f"uuid = {UUID}\n".encode())
+    assert (found.grants[0].uuid, found.grants[0].name, found.uuid_given) == (UUID, UUID, True)
+
+
+def test_all_errors_come_at_once_with_their_lines():
+    assert [line for line, _ in messages(b"kernel = /k\nmemry = 64\nvcpus = many\nno equals sign\n")] == [2, 3, 4, 0]
+
+
+def test_files_of_a_bad_config_are_named_too():
+    found = parsed(b"kernel = /boot/k\nvcpus = many\n")
+    assert found.issues
+    assert (found.kernel, found.lines["kernel"]) == ("/boot/k", 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "field"),
+    [
+        (b"nic = bridge=br0", "nics"),
+        (b"startup = restore /tmp/image", "startup"),
+        (b"display = vnc", "display"),
+        (b"hvm = true", "hvm"),
+    ],
+)
+def test_what_this_version_cannot_do_is_refused_with_its_line(line, field):
+    assert (4, f"this version of xenvm {UNABLE[field]}") in messages(GOOD + line + b"\n")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"\0", b"name = a\0b", b"\xff\xfe = 1", b"name = \xff", b"cmdline = \xed\xa0\x80", "\U0001f600".encode() * 4000],
+    ids=repr,
+)
+def test_bytes_that_are_no_text_are_an_error_with_a_line(line):
+    found = messages(GOOD + line + b"\n")
+    assert found
+    assert found[0][0] == 4
+
+
+def test_hundreds_of_errors_are_cut_to_what_a_frame_holds():
+    found = messages(b"".join(b"no such key %d\n" % number for number in range(1000)))
+    assert len(found) <= ISSUES_LIMIT + 1
+    assert found[0][0] == 1
+    left_out = 1001 - (len(found) - 1)  # the missing kernel is an error too
+    assert found[-1][1].startswith(f"and {left_out}"[:5])
+    assert "more errors" in found[-1][1]
+
+
+@pytest.mark.parametrize("line", ["\u00e4" * 900, "key = " + "\U0001f600" * 400, "x" * 1000, "\u0085" * 1000])
+def test_hundreds_of_long_errors_are_cut_too(line):
+    found = messages(f"{line}\n".encode() * 60)
+    assert 10 < len(found) <= 62
+    assert found[0][0] == 1
+    assert found[-1][0] == 0
+
+
+@pytest.mark.parametrize("count", [1, 60, 120, 160, 200, 240])
+def test_grants_that_no_frame_holds_are_refused(count):
+    """Between what certainly fits and what certainly does not, there is an answer at each length."""
+    lines = "".join(f"cpuid = 0x{number:x}:eax={'1' * 32},ebx={'0' * 32}\n" for number in range(count))
+    found = parsed(GOOD + lines.encode())
+    assert bool(found.grants) != bool(found.issues)
+    assert (count > 100) or found.grants[0].cpuid[count - 1].leaf == count - 1
+
+
+def test_a_long_answer_is_still_an_answer():
+    found = parsed(b"kernel = /" + b"k" * 4094 + b"\nmemory = 64\ncmdline = " + b"x" * 1000 + b"\n")
+    assert found.issues == ()
+    assert len(found.grants[0].kernel) == len(found.kernel) == 4095
+
+
+@pytest.mark.parametrize("size", [0, 1, 262144, 262145, 1 << 20])
+def test_a_file_of_any_size_has_an_answer(size):
+    assert messages(b"#" * size)

@@ -1,0 +1,466 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The broker's decisions with children played by the test: what it permits, when, how often, and what it never passes on."""
+
+import os
+import socket
+
+import psutil
+import pytest
+
+from xenvm.boundary.frames import encode
+from xenvm.boundary.messages import (
+    NO_DOMAIN,
+    Ask,
+    Domain,
+    DomainState,
+    Done,
+    Failed,
+    Fault,
+    Grants,
+    Hello,
+    Init,
+    Job,
+    Op,
+    Phase,
+    Policy,
+    Progress,
+)
+from xenvm.boundary.privileges import TABLE, Role
+from xenvm.broker import core
+from xenvm.broker.children import Channel
+from xenvm.broker.core import RESTARTS_PER_MINUTE, Broker
+from xenvm.broker.phases import PERMITS, REBUILDING, VmPhase
+from xenvm.errors import ExitCode, XenvmError
+
+UUID = "11111111-2222-4333-8444-555555555555"
+RUNNING = Domain(7, DomainState.RUNNING, Phase.BUILT, -1, 65536, 1, 5)
+FAULT = Fault(1, "no", "")
+
+
+class FakeChild:
+    """In place of a child process: `there` is its end of the channel; `die` lets it end."""
+
+    made = []
+
+    def __init__(self, role, _log, _extra, _uuid):
+        self.role, self.pid, self.status = role, 1000 + len(self.made), None
+        self.channel, self.there = Channel.pair()
+        self.pidfd, self._alive = os.pipe()
+        self.killed = False
+        self.made.append(self)
+
+    def greets(self, hello):
+        return hello.pid == self.pid
+
+    def die(self):
+        if self.status is None:
+            self.status = 0
+            self.there.close()
+            os.close(self._alive)
+
+    def ended(self):
+        return self.status is not None
+
+    def how(self):
+        return "ended with status 0"
+
+    def end(self, grace_ms=0):
+        self.killed = True
+        if self.pidfd >= 0:
+            self.die()
+            self.channel.close()
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+
+class Acts:
+    def __init__(self):
+        self.records = []
+
+    def append(self, act, **details):
+        self.records.append((act, details))
+
+    def of(self, act):
+        return [details for name, details in self.records if name == act]
+
+
+class Bench:
+    """A broker with its supervisor's and its builders' places taken by the test."""
+
+    def __init__(self, tmp_path):
+        self.kernel = tmp_path / "kernel"
+        self.kernel.write_bytes(b"k")
+        self.grants = Grants(
+            *(UUID, "web", str(self.kernel), "", "", 64, 64, 1, True, (), (), False, ""),
+        )
+        self.acts, self.told = Acts(), []
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.wakeup, self.signals = os.pipe()
+        self.reloaded = []
+        self.broker = Broker(
+            grants=self.grants,
+            policy=Policy("started", "destroy", "reboot", "destroy", 60),
+            fields={"name": "web"},
+            config_file="/etc/a.cfg",
+            listener=self.listener,
+            log=2,
+            acts=self.acts,
+            reload_config=self.reload,
+            started=lambda code, text: self.told.append((code, text)),
+            spare=None,
+        )
+        self.broker._start_supervisor(first=True)
+        assert isinstance(self.heard(), Init)
+
+    def reload(self):
+        self.reloaded.append(1)
+        return self.grants, Policy("started", "preserve", "reboot", "destroy", 60), {}
+
+    def close(self):
+        self.broker._end_children()
+        for child in FakeChild.made:
+            child.end()
+        for descriptor in (self.wakeup, self.signals):
+            os.close(descriptor)
+        for end in (self.listener, self.broker._events_in, self.broker._events_out):
+            end.close()
+
+    @property
+    def supervisor(self):
+        return self.broker._supervisor
+
+    @property
+    def builder(self):
+        return self.broker._work.builder
+
+    def known(self, domain):
+        """Let the broker know what a builder has found."""
+        self.broker._learn(domain)
+
+    def turn(self):
+        self.broker._turn(self.wakeup)
+
+    def ask(self, op, sequence=1, text="", code=0):
+        self.supervisor.there.send(Ask(sequence, op, text, code))
+        self.turn()
+
+    def heard(self):
+        """Return the next message to the supervisor; its descriptors are closed."""
+        message, descriptors = self.supervisor.there.receive(deadline_s=5)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return message
+
+    def silent(self):
+        with pytest.raises(BlockingIOError):
+            self.supervisor.there.receive_now()
+        return True
+
+    def job(self):
+        """Return the running builder's job and how many descriptors came along."""
+        message, descriptors = self.builder.there.receive(deadline_s=5)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return message, len(descriptors)
+
+    def answer(self, message, descriptors=()):
+        self.builder.there.send(message, descriptors)
+        self.turn()
+
+    def refused(self, code=None):
+        message = self.heard()
+        assert isinstance(message, Failed)
+        assert code is None or message.fault.code == code
+        return message.fault.message
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    FakeChild.made = []
+    monkeypatch.setattr(core, "Child", FakeChild)
+    before = psutil.Process().num_fds()
+    made = Bench(tmp_path)
+    yield made
+    made.close()
+    assert psutil.Process().num_fds() == before
+
+
+PHASES = {VmPhase.ABSENT: NO_DOMAIN, VmPhase.BUILT: RUNNING}
+WITH_HELPER = sorted(op for op, permit in PERMITS.items() if permit.deadline_s)
+
+
+# The table
+
+
+def test_every_request_of_a_supervisor_is_in_the_table():
+    assert set(PERMITS) == set(Op) - {Op.START, Op.START_PAUSED}
+    assert set(TABLE[Role.BROKER].requests) == {op.value for op in Op}
+
+
+def test_a_domain_is_needed_for_all_that_touches_one():
+    built = {op for op, permit in PERMITS.items() if permit.phases == {VmPhase.BUILT}}
+    assert built == {
+        *(Op.REBUILD, Op.QUERY, Op.PAUSE, Op.UNPAUSE, Op.RESUME, Op.ASK_POWEROFF, Op.ASK_REBOOT, Op.WITHDRAW),
+        *(Op.FORCE_POWEROFF, Op.CONSOLE),
+    }
+    assert {op for op, permit in PERMITS.items() if permit.phases == {VmPhase.ABSENT}} == {Op.BUILD, Op.BUILD_PAUSED}
+
+
+def test_everything_has_a_limit():
+    assert all(0 < permit.per_minute <= 600 and 0 <= permit.deadline_s <= 720 for permit in PERMITS.values())
+    assert {Op.BUILD, Op.BUILD_PAUSED, Op.REBUILD, Op.START, Op.START_PAUSED} == REBUILDING
+
+
+# What is permitted
+
+
+@pytest.mark.parametrize("phase", VmPhase)
+@pytest.mark.parametrize("op", WITH_HELPER)
+def test_a_request_is_legal_in_its_phases_only(bench, op, phase):
+    if phase in PHASES:
+        bench.known(PHASES[phase])
+    bench.ask(op, sequence=9)
+    if phase in PERMITS[op].phases:
+        assert bench.silent()
+        job, images = bench.job()
+        assert (job.op, job.uuid, job.grants) == (op, UUID, bench.grants)
+        assert job.domid == (7 if phase is VmPhase.BUILT else -1)
+        assert images == (1 if op in REBUILDING else 0)
+    else:
+        assert "not possible" in bench.refused(ExitCode.WRONG_STATE)
+        assert [child.role for child in FakeChild.made] == [Role.SUPERVISOR]
+        assert bench.acts.of("refused")[0]["op"] == op.value
+
+
+@pytest.mark.parametrize("op", [Op.START, Op.START_PAUSED])
+@pytest.mark.parametrize("phase", VmPhase)
+def test_what_the_broker_begins_by_itself_cannot_be_asked_for(bench, op, phase):
+    if phase in PHASES:
+        bench.known(PHASES[phase])
+    bench.ask(op)
+    bench.refused(ExitCode.WRONG_STATE)
+    assert bench.broker._work is None
+
+
+def test_a_request_too_many_is_refused_and_not_counted(bench):
+    for _ in range(PERMITS[Op.READ_CONFIG].per_minute):
+        bench.ask(Op.READ_CONFIG)
+        assert isinstance(bench.heard(), Init)
+        assert isinstance(bench.heard(), Done)
+    for _ in range(100):
+        bench.ask(Op.READ_CONFIG)
+        assert "more than 30 times a minute" in bench.refused(ExitCode.FAILED)
+    assert len(bench.reloaded) == PERMITS[Op.READ_CONFIG].per_minute
+    assert len(bench.broker._asked[Op.READ_CONFIG]) == PERMITS[Op.READ_CONFIG].per_minute
+    bench.ask(Op.FIND)
+    assert bench.job()[0].op is Op.FIND
+
+
+def test_the_limit_is_for_a_minute(bench, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(core.time, "monotonic", lambda: now[0])
+    for _ in range(PERMITS[Op.READ_CONFIG].per_minute):
+        bench.ask(Op.READ_CONFIG)
+    now[0] += 61
+    bench.ask(Op.READ_CONFIG)
+    assert len(bench.reloaded) == PERMITS[Op.READ_CONFIG].per_minute + 1
+
+
+def test_one_job_at_a_time(bench):
+    bench.known(RUNNING)
+    bench.ask(Op.QUERY)
+    running = bench.builder
+    for op in WITH_HELPER:
+        if op is not Op.DESTROY and VmPhase.BUILT in PERMITS[op].phases:
+            bench.ask(op, 5)
+            assert "busy with query" in bench.refused(ExitCode.BUSY)
+    assert bench.builder is running
+    assert not running.killed
+
+
+def test_destroy_cancels_what_runs(bench):
+    bench.known(NO_DOMAIN)
+    bench.ask(Op.BUILD, 3)
+    running = bench.builder
+    bench.ask(Op.DESTROY, 4)
+    failed = bench.heard()
+    assert (failed.sequence, failed.fault.message) == (3, "build: ended by destroy")
+    assert running.killed
+    assert bench.job()[0].op is Op.DESTROY
+    assert bench.acts.of("cancelled") == [{"op": "build", "pid": running.pid}]
+    bench.answer(Done(0, NO_DOMAIN, ""))
+    done = bench.heard()
+    assert (done.sequence, done.domain) == (4, NO_DOMAIN)
+    assert bench.broker._phase is VmPhase.ABSENT
+
+
+def test_progress_and_outcome_carry_the_supervisors_number(bench):
+    bench.known(NO_DOMAIN)
+    bench.ask(Op.BUILD, 11)
+    bench.answer(Progress(0, "creating the domain"))
+    assert bench.heard() == Progress(11, "creating the domain")
+    bench.answer(Done(0, RUNNING, "not to be passed on"))
+    assert bench.heard() == Done(11, RUNNING, "")
+    assert (bench.broker._phase, bench.broker._domid) == (VmPhase.BUILT, 7)
+
+
+def test_each_act_is_logged_before_and_after(bench):
+    bench.known(NO_DOMAIN)
+    bench.ask(Op.BUILD)
+    assert bench.acts.records[-1] == ("job", {"op": "build", "domid": -1})
+    bench.answer(Done(0, RUNNING, ""))
+    assert bench.acts.records[-1][0] == "result"
+
+
+def test_a_failed_build_leaves_nothing(bench):
+    bench.known(NO_DOMAIN)
+    bench.ask(Op.BUILD, 2)
+    bench.answer(Failed(0, FAULT, RUNNING))
+    assert bench.heard() == Failed(2, FAULT, NO_DOMAIN)
+    assert bench.broker._phase is VmPhase.ABSENT
+
+
+def test_a_kernel_that_cannot_be_opened_changes_nothing(bench):
+    bench.known(RUNNING)
+    bench.kernel.unlink()
+    bench.ask(Op.REBUILD, 2)
+    failed = bench.heard()
+    assert "kernel: cannot open" in failed.fault.message
+    assert (failed.domain.domid, failed.domain.phase) == (7, Phase.BUILT)
+    assert bench.broker._phase is VmPhase.BUILT
+    assert bench.broker._work is None
+
+
+def test_a_console_that_is_no_terminal_is_not_opened(bench, tmp_path):
+    bench.known(RUNNING)
+    for path in (str(bench.kernel), "/dev/null", "/etc/passwd", f"{tmp_path}/none"):
+        bench.ask(Op.CONSOLE, 2)
+        bench.answer(Done(0, RUNNING, path))
+        assert "console:" in bench.refused()
+
+
+def test_started_is_told_and_a_failed_start_ends_the_monitor(bench):
+    bench.ask(Op.STARTED, text="fine")
+    assert bench.told == [(0, "fine")]
+    assert not bench.broker._quitting
+    bench.ask(Op.STARTED, text="kernel: not found", code=1)
+    assert bench.told[-1] == (1, "kernel: not found")
+    assert bench.broker._quitting
+
+
+# Children that misbehave
+
+
+def test_a_builder_that_dies_is_one_failed_request(bench):
+    bench.known(RUNNING)
+    bench.ask(Op.QUERY, 6)
+    bench.builder.die()
+    bench.turn()
+    assert "query: its builder ended with status 0" in bench.refused()
+    assert bench.broker._phase is VmPhase.BUILT
+    bench.ask(Op.QUERY, 7)
+    bench.answer(Done(0, RUNNING, ""))
+    assert bench.heard() == Done(7, RUNNING, "")
+
+
+def test_a_builder_that_says_nothing_is_ended_at_its_deadline(bench, monkeypatch):
+    bench.known(RUNNING)
+    bench.ask(Op.QUERY, 6)
+    silent = bench.builder
+    bench.broker._work.end = 0.0
+    bench.turn()
+    assert "no answer within 30 s" in bench.refused(ExitCode.TIMED_OUT)
+    assert silent.killed
+
+
+def test_a_builder_that_failed_at_its_start_has_said_why(bench):
+    """It ends without reading its request; its words count, not the broken channel."""
+    FakeChild.made.clear()
+    spare = FakeChild(Role.BUILDER, 2, {}, "-")
+    spare.there.send(Failed(0, Fault(1, "no Xen here", ""), NO_DOMAIN))
+    spare.there.close()
+    bench.broker._spare = spare
+    bench.ask(Op.FIND, 3)
+    bench.turn()
+    assert bench.refused() == "no Xen here"
+
+
+def test_a_builder_cannot_leave_descriptors_behind(bench):
+    bench.known(RUNNING)
+    before = psutil.Process().num_fds()
+    for _ in range(50):
+        bench.ask(Op.QUERY)
+        bench.answer(Done(0, RUNNING, ""), [bench.wakeup])
+        assert isinstance(bench.heard(), Done)
+    assert psutil.Process().num_fds() <= before
+
+
+@pytest.mark.parametrize(
+    "message",
+    [Hello("supervisor", 1, ""), Progress(0, "x"), Done(0, RUNNING, ""), Job(Op.FIND, UUID, -1, None), b"garbage", b""],
+    ids=lambda message: type(message).__name__,
+)
+def test_a_supervisor_that_breaks_the_protocol_is_replaced(bench, message):
+    first = bench.supervisor
+    if isinstance(message, Job):
+        message = message.but(grants=bench.grants)
+    frame = message if isinstance(message, bytes) else encode(message)
+    first.there._socket.send(frame)
+    bench.turn()
+    assert first.killed
+    assert bench.supervisor is not first
+    init = bench.heard()
+    assert isinstance(init, Init)
+    assert not init.first
+    assert bench.job()[0].op is Op.FIND
+
+
+def test_a_supervisor_that_closes_its_channel_and_lives_on_is_ended(bench):
+    first = bench.supervisor
+    first.there.close()
+    bench.turn()
+    assert first.killed
+    assert bench.supervisor is not first
+
+
+def test_a_supervisor_lost_while_it_was_told_something_is_replaced(bench):
+    bench.known(RUNNING)
+    bench.ask(Op.QUERY)
+    first, builder = bench.supervisor, bench.builder
+    builder.there.send(Done(0, RUNNING, ""))
+    first.there.send(Ask(5, Op.READ_CONFIG, "", 0))
+    first.there.close()
+    bench.turn()
+    bench.turn()
+    assert first.killed
+    assert bench.supervisor is not first
+    assert isinstance(bench.heard(), Init)
+
+
+def test_a_supervisor_that_keeps_ending_ends_the_monitor(bench):
+    for _ in range(RESTARTS_PER_MINUTE):
+        bench.supervisor.die()
+        bench.turn()
+        if bench.broker._work:
+            bench.answer(Done(0, NO_DOMAIN, ""))
+    bench.supervisor.die()
+    with pytest.raises(XenvmError, match="supervisor ended 6 times in a minute"):
+        bench.turn()
+
+
+def test_the_work_of_a_lost_supervisor_brings_the_next_one_up_to_date(bench):
+    bench.known(NO_DOMAIN)
+    bench.ask(Op.BUILD, 8)
+    builder = bench.builder
+    bench.supervisor.die()
+    bench.turn()
+    assert isinstance(bench.heard(), Init)
+    assert bench.builder is builder
+    bench.answer(Done(0, RUNNING, ""))
+    assert bench.heard() == Done(0, RUNNING, "")
+
+
+def test_a_supervisor_cannot_say_it_is_another(bench):
+    bench.supervisor.there.send(Hello("supervisor", bench.supervisor.pid, "proof"))
+    bench.turn()
+    assert bench.acts.of("confined") == [{"role": "supervisor", "pid": bench.supervisor.pid, "proof": "proof"}]

@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The one-shot helpers' xenstore client against a small xenstored that can also misbehave."""
+
+import contextlib
+import socket
+import struct
+import threading
+import time
+
+import psutil
+import pytest
+
+from xenvm.errors import TimeoutExpiredError
+from xenvm.helpers import store as module
+from xenvm.helpers import xenstored as connecting
+from xenvm.helpers.store import PAYLOAD_LIMIT_BYTES, TRANSACTION_TRIES, Router, Store, StoreError, remove_all
+
+HEADER = struct.Struct("=IIII")  # type, request, transaction, length: xen/io/xs_wire.h
+DIRECTORY, READ, START, END, INTRODUCE, WRITE, MKDIR, RM, SET_PERMS, ERROR, RESUME = (
+    1,
+    2,
+    6,
+    7,
+    8,
+    11,
+    12,
+    13,
+    14,
+    16,
+    18,
+)
+
+
+class Xenstored:
+    """Answers on one socket in a thread, from a dictionary; `answer` may be replaced to answer otherwise."""
+
+    def __init__(self, connection):
+        self.nodes, self.requests, self.conflicts = {}, [], 0
+        self._socket, self._transactions = connection, 0
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join(10)
+        self._socket.close()
+        assert not self._thread.is_alive()
+
+    def _exactly(self, size):
+        data = b""
+        while len(data) < size and (more := self._socket.recv(size - len(data))):
+            data += more
+        return data
+
+    def _serve(self):
+        with contextlib.suppress(OSError):
+            while len(header := self._exactly(HEADER.size)) == HEADER.size:
+                kind, request, transaction, size = HEADER.unpack(header)
+                payload = self._exactly(size)
+                self.requests.append((kind, transaction, payload))
+                self._socket.sendall(self.answer(kind, request, transaction, payload))
+
+    def answer(self, kind, request, transaction, payload):
+        answered, body = self.carry_out(kind, payload)
+        return HEADER.pack(answered, request, transaction, len(body)) + body
+
+    def carry_out(self, kind, payload):
+        path, _, rest = payload.partition(b"\0")
+        if kind == START:
+            self._transactions += 1
+            return kind, b"%d\0" % self._transactions
+        if kind == END:
+            if path == b"T" and self.conflicts:
+                self.conflicts -= 1
+                return ERROR, b"EAGAIN\0"
+            return kind, b"OK\0"
+        if kind == WRITE:
+            self.nodes[path] = rest
+        elif kind in (READ, RM) and path not in self.nodes:
+            return ERROR, b"ENOENT\0"
+        elif kind == READ:
+            return kind, self.nodes[path]
+        elif kind == RM:
+            del self.nodes[path]
+        elif kind == DIRECTORY:
+            return kind, b"".join(node[len(path) + 1 :] + b"\0" for node in self.nodes if node.startswith(path + b"/"))
+        return kind, b"OK\0"
+
+
+@pytest.fixture
+def peers():
+    """A store with a short deadline, and its xenstored."""
+    ours, theirs = socket.socketpair()
+    with ours, Xenstored(theirs) as xenstored:
+        store = Store(ours)
+        store._router._deadline_s = 10.0
+        yield store, xenstored
+
+
+def kinds(xenstored):
+    return [kind for kind, _, _ in xenstored.requests]
+
+
+def raw(xenstored, answer):
+    """Let every request be answered with these bytes, the request's number filled in."""
+    xenstored.answer = lambda _kind, request, transaction, _payload: answer(request, transaction)
+
+
+def test_writing_and_reading(peers):
+    store, xenstored = peers
+    store.write("/a/b", "value")
+    assert xenstored.requests == [(WRITE, 0, b"/a/b\0value")]
+    assert store.read("/a/b") == b"value"
+
+
+def test_the_empty_value_can_be_written(peers):
+    store, xenstored = peers
+    store.write("/a", "")
+    assert xenstored.nodes == {b"/a": b""}
+    assert store.read("/a") == b""
+
+
+def test_a_node_that_is_not_there_has_no_value(peers):
+    store, _ = peers
+    assert store.read("/a") is None
+    store.remove("/a")
+
+
+def test_every_other_request(peers):
+    store, xenstored = peers
+    store.make("/a")
+    store.permissions("/a", "n0", "r7")
+    store.introduce(7, 1234, 5)
+    store.resume(7)
+    assert xenstored.requests == [
+        (MKDIR, 0, b"/a\0"),
+        (SET_PERMS, 0, b"/a\0n0\0r7\0"),
+        (INTRODUCE, 0, b"7\x001234\x005\0"),
+        (RESUME, 0, b"7\0"),
+    ]
+
+
+@pytest.mark.parametrize("what", ["read", "write", "make", "remove", "permissions"])
+def test_a_refusal_names_the_request_and_the_node(peers, what):
+    store, xenstored = peers
+    raw(xenstored, lambda request, transaction: HEADER.pack(ERROR, request, transaction, 7) + b"EACCES\0")
+    with pytest.raises(StoreError, match=r"/a.*(EACCES|Permission denied)"):
+        getattr(store, what)("/a", *(["x"] if what in ("write", "permissions") else []))
+
+
+def test_an_error_of_a_name_nobody_knows(peers):
+    store, xenstored = peers
+    raw(xenstored, lambda request, transaction: HEADER.pack(ERROR, request, transaction, 5) + b"\xff\xfe!\0\0")
+    for ask in (store.read, store.make):
+        with pytest.raises(StoreError, match="/a"):
+            ask("/a")
+
+
+# Transactions
+
+
+def test_a_transaction_carries_its_number(peers):
+    store, xenstored = peers
+    store.transaction(lambda: store.write("/a", "1"))
+    store.write("/b", "2")
+    assert xenstored.requests == [(START, 0, b"\0"), (WRITE, 1, b"/a\x001"), (END, 1, b"T\0"), (WRITE, 0, b"/b\x002")]
+
+
+def test_a_lost_transaction_is_tried_again_from_its_start(peers):
+    store, xenstored = peers
+    xenstored.conflicts, runs = 3, []
+    store.transaction(lambda: runs.append(store.write("/a", "1")))
+    assert len(runs) == 4
+    assert kinds(xenstored) == [START, WRITE, END] * 4
+    assert [transaction for kind, transaction, _ in xenstored.requests if kind == WRITE] == [1, 2, 3, 4]
+
+
+def test_it_is_not_tried_for_ever(peers, monkeypatch):
+    store, xenstored = peers
+    xenstored.conflicts, slept = 1000, []
+    monkeypatch.setattr(module.time, "sleep", slept.append)
+    with pytest.raises(StoreError, match=f"lost {TRANSACTION_TRIES} times"):
+        store.transaction(lambda: None)
+    assert kinds(xenstored) == [START, END] * TRANSACTION_TRIES
+    assert TRANSACTION_TRIES == 32
+    assert sum(slept) < 10
+    store.write("/a", "outside")
+    assert xenstored.requests[-1][1] == 0
+
+
+def test_a_step_that_fails_rolls_back(peers):
+    store, xenstored = peers
+
+    def steps():
+        store.write("/a", "1")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        store.transaction(steps)
+    assert xenstored.requests[-1] == (END, 1, b"F\0")
+    store.write("/b", "2")
+    assert xenstored.requests[-1][1] == 0
+
+
+def test_a_parent_is_removed_only_while_it_is_empty(peers):
+    store, xenstored = peers
+    xenstored.nodes = {b"/a": b"", b"/a/b": b""}
+    store.remove_if_empty("/a")
+    assert b"/a" in xenstored.nodes
+    store.remove("/a/b")
+    store.remove_if_empty("/a")
+    assert xenstored.nodes == {}
+
+
+def test_one_path_that_cannot_be_removed_does_not_keep_the_others(peers):
+    store, xenstored = peers
+    xenstored.nodes = {b"/b": b"", b"/c": b""}
+    carry_out = xenstored.carry_out
+    xenstored.carry_out = lambda kind, body: (ERROR, b"EACCES\0") if body == b"/a\0" else carry_out(kind, body)
+    with pytest.raises(StoreError, match="/a"):
+        remove_all(store, ("/a", "/b", "/c"))
+    assert xenstored.nodes == {}
+
+
+# A xenstored that misbehaves
+
+
+def test_a_silent_xenstored_is_waited_for_only_so_long(peers):
+    store, xenstored = peers
+    store._router._deadline_s = 0.3
+    raw(xenstored, lambda _request, _transaction: b"")
+    before = time.monotonic()
+    with pytest.raises(TimeoutExpiredError, match=r"within 0\.3 s"):
+        store.read("/a")
+    assert 0.25 < time.monotonic() - before < 10
+
+
+def test_one_that_answers_byte_by_byte_has_the_same_deadline():
+    ours, theirs = socket.socketpair()
+    ended = threading.Event()
+
+    def dribble():
+        with contextlib.suppress(OSError):
+            while not ended.wait(0.05):
+                theirs.send(b"\0")
+
+    feeder = threading.Thread(target=dribble, daemon=True)
+    feeder.start()
+    store, before = Store(ours), time.monotonic()
+    store._router._deadline_s = 0.4
+    with pytest.raises(TimeoutExpiredError):
+        store.read("/a")
+    assert time.monotonic() - before < 10
+    ended.set()
+    feeder.join(10)
+    ours.close()
+    theirs.close()
+
+
+def test_one_that_does_not_read_has_a_deadline_too():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        router = Router(ours, deadline_s=0.2)
+        store = Store(ours)
+        store._router = router
+        with contextlib.suppress(BlockingIOError):
+            ours.setblocking(False)
+            while True:
+                ours.send(b"x" * 65536)
+        with pytest.raises(TimeoutExpiredError, match=r"within 0\.2 s"):
+            store.write("/a", "x" * 4000)
+
+
+@pytest.mark.parametrize("size", [PAYLOAD_LIMIT_BYTES + 1, 2**31, 2**32 - 1])
+def test_a_length_beyond_the_protocol_is_refused_and_not_allocated(peers, size):
+    store, xenstored = peers
+    raw(xenstored, lambda request, transaction: HEADER.pack(READ, request, transaction, size))
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(StoreError, match=f"claims {size} bytes"):
+        store.read("/a")
+    assert psutil.Process().memory_info().rss - before < 64 << 20
+
+
+def test_the_longest_value_is_read(peers):
+    store, xenstored = peers
+    xenstored.nodes[b"/a"] = b"x" * PAYLOAD_LIMIT_BYTES
+    assert store.read("/a") == b"x" * PAYLOAD_LIMIT_BYTES
+
+
+@pytest.mark.parametrize(
+    ("answer", "match"),
+    [
+        (lambda request, transaction: HEADER.pack(WRITE, request + 1, transaction, 3) + b"OK\0", "another request"),
+        (lambda request, transaction: HEADER.pack(MKDIR, request, transaction, 3) + b"OK\0", "another kind"),
+        (lambda request, transaction: HEADER.pack(15, request, transaction, 4) + b"a\0b\0", "another kind"),
+        (lambda request, transaction: HEADER.pack(99, request, transaction, 3) + b"OK\0", "kind"),
+    ],
+)
+def test_an_answer_to_something_else_is_refused(peers, answer, match):
+    store, xenstored = peers
+    raw(xenstored, answer)
+    with pytest.raises(StoreError, match=match):
+        store.write("/a", "1")
+    with pytest.raises(StoreError):
+        store.read("/a")
+    with pytest.raises(StoreError):
+        store.transaction(lambda: None)
+
+
+def test_a_transaction_number_that_is_none_is_refused(peers):
+    store, xenstored = peers
+    raw(xenstored, lambda request, transaction: HEADER.pack(START, request, transaction, 4) + b"one\0")
+    with pytest.raises(StoreError):
+        store.transaction(lambda: None)
+
+
+@pytest.mark.parametrize("whole", [0, 3, HEADER.size, HEADER.size + 2])
+def test_the_end_of_the_connection_at_any_byte(whole):
+    ours, theirs = socket.socketpair()
+    with ours:
+        store = Store(ours)
+        request = module.next_rq_id() + 1
+        theirs.sendall((HEADER.pack(READ, request, 0, 5) + b"value")[:whole])
+        theirs.shutdown(socket.SHUT_WR)
+        with pytest.raises(StoreError, match="closed"):
+            store.read("/a")
+        theirs.close()
+        with pytest.raises(StoreError, match="gone"):
+            store.write("/a", "1")
+
+
+def test_without_xenstored_the_error_says_where_it_was_looked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(connecting, "SOCKET_PATHS", (f"{tmp_path}/none", f"{tmp_path}/neither"))
+    with pytest.raises(StoreError, match="no socket at .*/none") as caught:
+        connecting.connect()
+    assert "Xen host" in caught.value.hint
+    (tmp_path / "none").touch()
+    with pytest.raises(StoreError, match="cannot connect to xenstored at .*/none"):
+        connecting.connect()
+
+
+def test_connecting_takes_the_first_socket_there_is(monkeypatch, tmp_path):
+    monkeypatch.setattr(connecting, "SOCKET_PATHS", (f"{tmp_path}/none", f"{tmp_path}/here"))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{tmp_path}/here")
+        listener.listen()
+        connection = connecting.connect()
+        assert connection.getpeername() == f"{tmp_path}/here"
+        connection.close()
