@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The log of privileged acts: every change of a valid log but a cut at its end is found; power losses are survived."""
 
-import errno
 import os
 import tempfile
 from pathlib import Path
@@ -226,9 +225,8 @@ def test_a_full_disk_leaves_no_half_record(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         write = os.write
         patch.setattr(actlog.os, "write", lambda descriptor, data: write(descriptor, data[:20]))
-        with pytest.raises(OSError) as caught:
+        with pytest.raises(XenvmError, match="No space left"):
             log.append("job")
-    assert caught.value.errno == errno.ENOSPC
     assert path.read_bytes() == before
     log.append("job")
     assert [record["n"] for record in read(str(path))] == [1, 2, 3, 4]

@@ -104,11 +104,14 @@ class Supervisor:
         self._rights = Rights(init.all_gid, init.read_gid)
         self._epoll = select.epoll()
         self._revive = False
+        self._serving = False
 
     def run(self) -> int:
         """Serve until the broker ends; return the exit status."""
         self._epoll.register(self._broker.fileno(), select.EPOLLIN)
         self._epoll.register(self._watcher.fileno(), select.EPOLLIN)
+        if self._init.first:
+            self._serve_clients()
         while True:
             for descriptor, events in self._epoll.poll(self._timeout_s()):
                 if descriptor == self._broker.fileno():
@@ -198,6 +201,7 @@ class Supervisor:
         elif isinstance(message, Done | Failed) and self._asked and message.sequence == self._asked[0]:
             op, self._asked, self._step = self._asked[1], None, ""
             self._outcome(op, message)
+            self._serve_clients()
             if self._queue and not self._asked:
                 self._ask(self._queue.popleft())
         for descriptor in descriptors:  # whoever asked for it has gone
@@ -525,9 +529,11 @@ class Supervisor:
 
     # What others hear
 
-    def serve_clients(self) -> None:
-        """Begin to accept connections."""
-        self._epoll.register(self._listener.fileno(), select.EPOLLIN)
+    def _serve_clients(self) -> None:
+        """Begin to accept connections: at once on a start, which can be destroyed; else when the state is known."""
+        if not self._serving:
+            self._serving = True
+            self._epoll.register(self._listener.fileno(), select.EPOLLIN)
 
     def _publish(self, kind: str, details: dict[str, object]) -> None:
         event = {

@@ -30,6 +30,4 @@ def main() -> int:
     init, _ = received
     if not isinstance(init, Init):
         raise ProtocolError("a supervisor is told first whom it serves")
-    supervisor = Supervisor(broker, listener, watcher, init)
-    supervisor.serve_clients()
-    return supervisor.run()
+    return Supervisor(broker, listener, watcher, init).run()

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command socket of the real supervisor process: old clients, rights, and clients that misbehave. Needs root."""
+
+import json
+import os
+import re
+import select
+import socket
+import struct
+import time
+
+import pytest
+from supervisor_bench import PAUSED, RUNNING, WAIT_S, Client, Monitor
+
+from xenvm.boundary.messages import Op
+from xenvm.errors import ExitCode
+from xenvm.supervisor.control import CLIENTS_LIMIT, CLIENTS_PER_USER, OUTPUT_LIMIT_BYTES, REQUEST_WAIT_S
+
+NOBODY = 64123
+INVALID_PARAMS, PARSE_ERROR = -32602, -32700
+
+
+@pytest.fixture
+def monitor(users, tmp_path):
+    made = Monitor(users, tmp_path / "log").running()
+    yield made
+    made.close()
+
+
+# Clients of the original wire format: one bare JSON reply, then the end of the connection
+
+
+@pytest.mark.parametrize("method", ["status", "get-status"])
+def test_an_old_client_reads_a_bare_reply(monitor, method):
+    client = monitor.client(modern=False)
+    client.send(method)
+    assert client.bare() == {"jsonrpc": "2.0", "result": "running", "id": 1}
+
+
+def test_an_old_client_of_a_command_without_a_result(monitor):
+    client = monitor.client(modern=False)
+    client.send("pause")
+    monitor.done(monitor.asked(Op.PAUSE), PAUSED)
+    assert client.bare() == {"jsonrpc": "2.0", "result": None, "id": 1}
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "text"),
+    [
+        ("sing", {}, "'sing': no such command"),
+        ("suspend", {}, "does not save or restore"),
+        ("unpause", {}, "the VM is running"),
+        ("status", {"x": "1"}, "no argument 'x'"),
+        ("shutdown", {"timeout": "soon"}, "is not a time"),
+        ("events", {}, 'only for clients that send "xenvm": 1'),
+        ("console", {}, 'only for clients that send "xenvm": 1'),
+    ],
+)
+def test_an_old_client_reads_a_bare_error(monitor, method, params, text):
+    client = monitor.client(modern=False)
+    client.send(method, **params)
+    answer = client.bare()
+    assert (answer["error"]["code"], answer["id"]) == (INVALID_PARAMS, 1)
+    assert text in answer["error"]["message"]
+    assert set(answer["error"]) == {"code", "message"}
+
+
+def test_the_id_is_given_back_as_it_came(monitor):
+    for identifier in (0, -5, "a", None, 2**60):
+        client = monitor.client(modern=False)
+        client.raw(json.dumps({"jsonrpc": "2.0", "method": "domid", "id": identifier}).encode())
+        assert client.bare() == {"jsonrpc": "2.0", "result": "7", "id": identifier}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{}",
+        b"not JSON",
+        b"[" * 60000,
+        b'{"jsonrpc": "2.0", "method": "shutdown", "params": {"timeout": 5}}',
+        b'{"jsonrpc": "2.0", "method": "shutdown", "params": {"force": true}, "xenvm": 1}',
+    ],
+    ids=lambda body: repr(body[:70]),
+)
+def test_a_request_that_is_none_is_refused_and_the_connection_ends(monitor, body):
+    client = monitor.client(modern=False)
+    client.raw(body)
+    answer = client.bare()
+    assert answer["error"]["code"] in (INVALID_PARAMS, PARSE_ERROR)
+    assert monitor.nothing_asked()
+
+
+@pytest.mark.parametrize("length", [0, 65537, 2**32 - 1])
+def test_a_length_that_is_none_ends_the_connection(monitor, length):
+    client = monitor.client(modern=False)
+    client.socket.sendall(struct.pack(">I", length))
+    assert f"not {length}" in client.bare()["error"]["message"]
+
+
+def test_new_clients_may_send_the_next_request_before_the_reply(monitor):
+    client = monitor.client()
+    for method in ("domid", "pause", "status", "sing", "help"):
+        client.send(method)
+    assert client.message()["result"]["data"] == 7
+    monitor.done(monitor.asked(Op.PAUSE), PAUSED)
+    answers = [client.message() for _ in range(4)]
+    assert [answer["id"] for answer in answers] == [2, 3, 4, 5]
+    assert answers[1]["result"]["data"]["state"] == "paused"
+    assert answers[2]["error"]["data"] == {"name": "USAGE", "exit": 2, "hint": "xenvm-cmd help lists them"}
+    assert "status" in answers[3]["result"]["data"]
+
+
+# Rights, by the credentials that the kernel vouches for
+
+
+def test_a_stranger_is_refused(monitor):
+    for method in ("status", "pause", "help", "destroy", "quit", "events"):
+        code, text, hint = monitor.client(uid=NOBODY, gid=NOBODY).refused(method)
+        assert code is ExitCode.PERMISSION_REFUSED
+        assert text == f"{method}: user {NOBODY} may not do this"
+        assert "group xenvm" in hint
+    assert monitor.nothing_asked()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_reader_reads(monitor, first):
+    """The group counts whether it is the first of the user or one of many."""
+    read = monitor.groups["xenvm-read"]
+    identity = {"gid": read} if first else {"gid": NOBODY, "groups": [*range(70000, 70100), read]}
+    client = monitor.client(uid=NOBODY, **identity)
+    assert client.call("status")["data"]["state"] == "running"
+    assert client.call("domid")["data"] == 7
+    assert client.call("wait", state="running")
+    assert client.call("events")
+    for method in ("pause", "destroy", "console", "console-log", "read-config", "quit", "start"):
+        assert client.refused(method)[0] is ExitCode.PERMISSION_REFUSED
+    assert monitor.nothing_asked()
+
+
+def test_a_member_of_the_group_xenvm_may_do_everything(monitor):
+    client = monitor.client(uid=NOBODY, gid=NOBODY, groups=[monitor.groups["xenvm"]])
+    client.send("pause")
+    monitor.done(monitor.asked(Op.PAUSE), PAUSED)
+    assert client.reply()["result"]["data"]["state"] == "paused"
+
+
+def test_without_the_groups_nobody_but_root_has_rights(users, tmp_path):
+    made = Monitor(users, tmp_path / "log").running(all_gid=-1, read_gid=-1)
+    client = made.client(uid=NOBODY, gid=users["xenvm"], groups=[users["xenvm-read"]])
+    assert client.refused("status")[0] is ExitCode.PERMISSION_REFUSED
+    assert made.client().call("status")["data"]["state"] == "running"
+    made.close()
+
+
+# Clients that misbehave
+
+
+def test_a_client_that_does_not_read_is_dropped_and_hurts_nobody(monitor):
+    slow, other = monitor.client(), monitor.client()
+    slow.socket.settimeout(0.2)
+    sent = 0
+    with pytest.raises(OSError):
+        while sent < 100 * OUTPUT_LIMIT_BYTES:
+            slow.send("help")
+            sent += 100
+            assert sent % 5000 or other.call("status")["data"]["state"] == "running"
+    assert other.call("status")["data"]["state"] == "running"
+    slow.socket.settimeout(WAIT_S)
+    read = 0
+    try:
+        while more := slow.socket.recv(1 << 20):
+            read += len(more)
+    except ConnectionResetError:
+        pass
+    assert read < 4 * OUTPUT_LIMIT_BYTES
+
+
+def test_a_request_that_never_ends_is_dropped_after_ten_seconds(monitor):
+    """One byte now and then does not help; a client that waits for an answer or for events is no such one."""
+    patient, watching = monitor.client(), monitor.client()
+    patient.send("wait", state="paused")
+    watching.call("events")
+    partial, trickling = monitor.client(), monitor.client()
+    begun = time.monotonic()
+    partial.socket.sendall(b"\0")
+    trickling.socket.sendall(struct.pack(">I", 1000))
+    ends = {partial.socket: 0.0, trickling.socket: 0.0}
+    while not all(ends.values()) and time.monotonic() < begun + WAIT_S:
+        for connection in select.select([c for c, end in ends.items() if not end], [], [], 1.0)[0]:
+            assert connection.recv(1) == b""
+            ends[connection] = time.monotonic()
+        if not ends[trickling.socket]:
+            trickling.socket.send(b" ")
+    assert all(end - begun > REQUEST_WAIT_S - 0.5 for end in ends.values())
+    assert patient.silent()
+    assert watching.silent()
+    assert monitor.client().call("domid")["data"] == 7
+
+
+def test_two_hundred_connections(monitor):
+    clients = [monitor.client() for _ in range(200)]
+    served = 0
+    for client in clients:
+        try:
+            client.send("domid")
+            served += client.message() is not None
+        except OSError:  # closed before it could say anything
+            continue
+    assert served == CLIENTS_LIMIT
+    for client in clients:
+        client.socket.close()
+    fresh = monitor.client()
+    while (answer := ask_if_served(fresh)) is None:  # it has not yet seen that the others are gone
+        fresh = monitor.client()
+    assert answer["result"]["data"] == 7
+
+
+def ask_if_served(client):
+    try:
+        client.send("domid")
+        return client.message()
+    except OSError:
+        return None
+
+
+def test_one_user_cannot_take_all_connections(monitor):
+    clients = [monitor.client(uid=NOBODY, gid=NOBODY) for _ in range(CLIENTS_PER_USER + 5)]
+    answers = [ask_if_served(client) for client in clients]
+    assert sum(answer is not None for answer in answers) == CLIENTS_PER_USER
+    assert monitor.client(uid=NOBODY + 1, gid=NOBODY).refused("status")[0] is ExitCode.PERMISSION_REFUSED
+    assert monitor.client().call("domid")["data"] == 7
+
+
+def test_descriptors_from_a_client_are_not_kept(monitor):
+    other = monitor.client()
+    other.call("domid")
+    before = len(os.listdir(f"/proc/{monitor.pid}/fd"))
+    for _ in range(20):
+        client = monitor.client()
+        body = json.dumps({"jsonrpc": "2.0", "method": "domid", "id": 1, "xenvm": 1}).encode()
+        socket.send_fds(client.socket, [struct.pack(">I", len(body)) + body], [0, 0, 0])
+        assert client.message()["result"]["data"] == 7
+        client.socket.close()
+    monitor.client().call("domid")
+    assert len(os.listdir(f"/proc/{monitor.pid}/fd")) <= before + 2
+
+
+def test_half_a_connection_is_no_harm(monitor):
+    client = monitor.client()
+    client.send("wait", state="paused")
+    client.socket.shutdown(socket.SHUT_RD)
+    other = monitor.client()
+    other.send("pause")
+    monitor.done(monitor.asked(Op.PAUSE), PAUSED)
+    assert other.reply()["result"]["data"]["state"] == "paused"
+
+
+# Doing nothing
+
+
+def work_done(pid):
+    """Return how often the process was switched to and how long it ran: it grows with any system call that sleeps."""
+    with open(f"/proc/{pid}/status") as status:
+        switches = [int(number) for number in re.findall(r"ctxt_switches:\t(\d+)", status.read())]
+    with open(f"/proc/{pid}/stat") as stat:
+        fields = stat.read().rpartition(")")[2].split()
+    with open(f"/proc/{pid}/wchan") as wchan:
+        return sum(switches), int(fields[11]), fields[0], wchan.read()
+
+
+def test_an_idle_supervisor_does_nothing(monitor):
+    idle = monitor.client()
+    idle.call("events")
+    monitor.client().call("status")
+    assert isinstance(idle, Client)
+    assert monitor.state()["state"] == RUNNING.state
+    settled, before = 0, work_done(monitor.pid)
+    while settled < 3:  # a look each tenth of a second, until it sleeps
+        select.select([], [], [], 0.1)
+        now = work_done(monitor.pid)
+        settled, before = (settled + 1 if now == before else 0), now
+    select.select([], [], [], 3.0)
+    assert work_done(monitor.pid) == before
+    assert before[2] == "S"

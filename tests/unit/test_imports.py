@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What each process loads: privileged ones nothing that parses, runs programs or starts threads."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import xenvm
+from xenvm.boundary.privileges import Role
+from xenvm.boundary.spawn import command
+
+START = Path(xenvm.__file__).parent / "_start.py"
+ROOT = START.parent.parent
+
+# As _start.py does, up to the call of main; then everything that main imports later.
+PROBE = """
+import runpy, sys
+start = runpy.run_path(sys.argv[1], run_name="probe")
+sys.path[1:1] = start["_package_directories"]()
+import importlib, json
+for name in sys.argv[2:]:
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        if "support for the Xen of this host" not in str(error):
+            raise
+print(json.dumps(sorted(sys.modules)))
+"""
+MODULES = {
+    Role.BROKER: ["xenvm.broker.main", "xenvm.broker.service"],
+    Role.SUPERVISOR: ["xenvm.supervisor.main"],
+    Role.WATCHER: ["xenvm.helpers.watcher.main"],
+    Role.PARSER: ["xenvm.parser.main"],
+    Role.BUILDER: ["xenvm.helpers.builder.main", "xenvm.helpers.builder.xen", "xenvm.helpers.builder.jobs"],
+}
+HEAVY = {
+    "argparse",
+    "asyncio",
+    "subprocess",
+    "multiprocessing",
+    "pickle",
+    "ctypes",
+    "cffi",
+    "pycparser",
+    "psutil",
+    "site",
+}
+HEAVY |= {"dataclasses", "inspect", "pathlib", "tempfile", "shutil", "http", "urllib", "ssl"}
+FORBIDDEN = {
+    Role.BROKER: HEAVY
+    | {"pyxs", "threading", "logging", "xenvm.config", "xenvm.helpers", "xenvm.supervisor", "xenvm._xen"},
+    Role.SUPERVISOR: HEAVY | {"pyxs", "threading", "logging", "xenvm.config", "xenvm.broker", "xenvm._xen"},
+    Role.WATCHER: HEAVY
+    | {"pyxs", "threading", "logging", "xenvm.config", "xenvm.broker", "xenvm.supervisor", "xenvm._xen"},
+    Role.PARSER: HEAVY | {"pyxs", "threading", "logging", "xenvm.broker", "xenvm.supervisor", "xenvm._xen"},
+    # pyxs itself imports threading; the Router of helpers.store keeps it from starting one.
+    Role.BUILDER: HEAVY | {"logging", "xenvm.config", "xenvm.broker", "xenvm.supervisor"},
+}
+
+
+def loaded(role):
+    """Return the names of all modules in a fresh interpreter that is about to be this process."""
+    interpreter = command(role)
+    assert interpreter[1:4] == ["-I", "-S", "-B"]
+    assert interpreter[4:] == [str(START), role.value]
+    probe = [*interpreter[:4], "-c", PROBE, str(START), *MODULES[role]]
+    done = subprocess.run(probe, env={}, capture_output=True, text=True, timeout=60, check=True)
+    return set(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("role", Role)
+def test_what_a_process_must_not_load(role):
+    names = loaded(role)
+    assert set(MODULES[role]) <= names or role is Role.BUILDER
+    assert MODULES[role][0] in names
+    tops = names | {name.split(".")[0] for name in names} | {".".join(name.split(".")[:2]) for name in names}
+    assert tops & FORBIDDEN[role] == set()
+
+
+def test_the_builder_has_threading_from_pyxs_alone():
+    source = ["-c", "import sys; sys.path[1:1] = sys.argv[1:]; import pyxs; print('threading' in sys.modules)"]
+    done = subprocess.run(
+        [sys.executable, "-I", *source, *sys.path], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "True\n"
+    ours = (path.read_text() for path in (ROOT / "xenvm").rglob("*.py"))
+    assert not [text for text in ours if "import threading" in text]
+
+
+def test_only_the_builder_loads_what_drives_xen():
+    assert {role for role in Role if "xenvm.helpers.builder.main" in loaded(role)} == {Role.BUILDER}
+
+
+def test_the_start_script_refuses_a_role_that_is_none():
+    for words in ([], ["root"], ["broker "]):
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", str(START), *words], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 2
+        assert "use xenvm FILE" in done.stderr
