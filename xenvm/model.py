@@ -11,6 +11,12 @@ from typing import Final, NewType
 
 from xenvm.record import Record
 
+# Loaded early, since the parser can open no file later; and this module of CPython without the 5 ms of OpenSSL.
+try:
+    from _md5 import md5  # type: ignore[import-not-found]
+except ImportError:
+    from hashlib import md5
+
 Uuid = NewType("Uuid", str)
 """A VM's identity, canonical and lower-cased; it stays the same over reboot, suspend and restore."""
 
@@ -274,8 +280,6 @@ def derived_mac(nic_id: int, model: str | None, uuid: Uuid) -> str:
     The rule is that of earlier xenvm, so a guest keeps its addresses: MD5 of the words joined by blanks, hexadecimal
     digits i and i+12 make an octet, for i = 0, 2, 1, 7, 6, 4; the first octet is made unicast and locally administered.
     """
-    from hashlib import md5  # noqa: PLC0415 - loads OpenSSL, which few callers of this module need
-
     words = [str(nic_id), *([model] if model else []), uuid]
     digits = md5(" ".join(words).encode(), usedforsecurity=False).hexdigest()
     octets = [int(digits[i] + digits[i + 12], 16) for i in (0, 2, 1, 7, 6, 4)]

@@ -33,7 +33,7 @@ class ValueRefusedError(ValueError):
 def visible(text: str, limit: int = _SHOWN_LENGTH) -> str:
     """Return `text` fit for a terminal: anything not printable escaped, and cut after `limit` characters."""
     cut = text if len(text) <= limit else text[:limit] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 
 
 def quoted(text: str) -> str:

@@ -7,6 +7,7 @@ It has no privilege at all, not even to open a file: whether the kernel exists i
 
 from __future__ import annotations
 
+import difflib  # noqa: F401 - for suggestions; once confined, this process can load nothing more
 import json
 import os
 import sys
