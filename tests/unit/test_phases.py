@@ -466,3 +466,32 @@ def test_a_supervisor_cannot_say_it_is_another(bench):
     bench.supervisor.there.send(Hello("supervisor", bench.supervisor.pid, "proof"))
     bench.turn()
     assert bench.acts.of("confined") == [{"role": "supervisor", "pid": bench.supervisor.pid, "proof": "proof"}]
+
+
+def test_a_watcher_that_keeps_ending_is_started_ever_later(bench, monkeypatch):
+    now, pauses = [1000.0], []
+    monkeypatch.setattr(core.time, "monotonic", lambda: now[0])
+    bench.broker._start_watcher()
+    for _ in range(RESTARTS_PER_MINUTE):
+        watcher = bench.broker._watcher
+        watcher.die()
+        bench.turn()
+        assert bench.broker._watcher is None
+        pauses.append(bench.broker._timeout_ms() / 1000)
+        now[0] += pauses[-1] - 0.01
+        os.write(bench.signals, bytes([signal.SIGHUP]))  # something else to do meanwhile
+        bench.turn()
+        assert bench.broker._watcher is None
+        now[0] += 0.02
+        bench.turn()
+        assert bench.broker._watcher.role is Role.WATCHER
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0]
+    bench.broker._watcher.die()
+    with pytest.raises(XenvmError, match="watcher ended 6 times in a minute"):
+        bench.turn()
+
+
+def test_a_failed_start_is_the_exit_status(bench):
+    for code in (0, 7):
+        bench.ask(Op.STARTED, code=code)
+        assert (bench.broker._quitting, bench.broker._code) == (code != 0, code)

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     Reload = Callable[[], tuple[Grants, Policy, dict[str, str]]]
 
 RESTARTS_PER_MINUTE: Final = 5
+WATCHER_PAUSE_S: Final = 1.0  # before it is started again, and twice as long each time: xenstored may be starting too
 LISTENER_THERE, WATCHER_THERE, SUPERVISOR_THERE = 4, 5, 4
 STARTUP_OPS: Final = {"started": Op.START, "paused": Op.START_PAUSED, "shutdown": Op.FIND}
 
@@ -97,7 +98,8 @@ class Broker:
             end.setblocking(False)
         self._supervisor: Child | None = None
         self._watcher: Child | None = None
-        self._quitting = False
+        self._watcher_due = 0.0  # when the next one is started; 0: one runs
+        self._quitting, self._code = False, 0
 
     # Life
 
@@ -113,7 +115,7 @@ class Broker:
             self._started(int(error.code), error.message)
             why, code = error.message, int(error.code)
         else:
-            why, code = "asked to", 0
+            why, code = "asked to", self._code
         finally:
             self._end_children()
         with contextlib.suppress(XenvmError):  # without space for the log the guest still runs on
@@ -130,8 +132,7 @@ class Broker:
         for child in children:
             poll.register(child.channel.fileno(), select.POLLIN)
             poll.register(child.pidfd, select.POLLIN)
-        timeout_ms = max(0.0, (self._work.end - time.monotonic()) * 1000) if self._work else None
-        ready = {descriptor for descriptor, _ in poll.poll(timeout_ms)}
+        ready = {descriptor for descriptor, _ in poll.poll(self._timeout_ms())}
         if wakeup in ready:
             self._signalled(os.read(wakeup, 64))
         for child in children:
@@ -144,6 +145,13 @@ class Broker:
         if self._work and time.monotonic() >= self._work.end:
             self._work.builder.end()
             self._finish()
+        if self._watcher_due and time.monotonic() >= self._watcher_due:
+            self._start_watcher()
+
+    def _timeout_ms(self) -> float | None:
+        due = [self._work.end] if self._work else []
+        due += [self._watcher_due] if self._watcher_due else []
+        return max(0.0, (min(due) - time.monotonic()) * 1000) if due else None
 
     def _signalled(self, numbers: bytes) -> None:
         """SIGHUP reads the config again, as the original did; SIGTERM and SIGINT end the monitor, not the guest."""
@@ -194,6 +202,7 @@ class Broker:
         )
 
     def _start_watcher(self) -> None:
+        self._watcher_due = 0.0
         self._watcher = Child(Role.WATCHER, self._log, {SUPERVISOR_THERE: self._events_in.fileno()}, self._grants.uuid)
         self._acts.append("started", role="watcher", pid=self._watcher.pid)
 
@@ -244,7 +253,8 @@ class Broker:
         if not _allow(recent, RESTARTS_PER_MINUTE):
             raise XenvmError(f"the {child.role.value} ended {RESTARTS_PER_MINUTE + 1} times in a minute; giving up")
         if child is self._watcher:
-            self._start_watcher()
+            self._watcher, pause_s = None, WATCHER_PAUSE_S * 2 ** (len(recent) - 1)
+            self._watcher_due = time.monotonic() + pause_s
             return
         self._supervisor = None
         if not self._work:  # else its end brings the new supervisor up to date
@@ -268,12 +278,12 @@ class Broker:
             self._permit(ask)
             if ask.op is Op.STARTED:
                 self._started(ask.code, ask.text)
-                self._quitting = ask.code != 0
+                self._quitting, self._code = ask.code != 0, ask.code
             elif ask.op is Op.QUIT:
                 self._acts.append("quit")
                 self._quitting = True
             elif ask.op is Op.CONSOLE_LOG:
-                self._acts.append("opened", what="console log", name=self._grants.name)
+                self._acts.append("console-log", name=self._grants.name)
                 self._hand_over(ask.sequence, host.open_console_log(self._grants.name))
             elif ask.op is Op.READ_CONFIG:
                 self._read_config()

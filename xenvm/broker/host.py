@@ -44,7 +44,10 @@ def check_directory(path: str) -> None:
 def take_lock(directory: str, uuid: str) -> int:
     """Take the lock of `uuid` for as long as the returned descriptor is open; raise BusyError naming its holder."""
     path = f"{directory}/lock-{uuid}"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise XenvmError(f"cannot open the lock {path}: {error.strerror}") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -53,6 +56,9 @@ def take_lock(directory: str, uuid: str) -> int:
         raise BusyError(
             f"another monitor (process {holder or 'unknown'}) serves {uuid}", hint=f"see xenvm-cmd {uuid} status"
         ) from None
+    if os.fstat(descriptor).st_nlink == 0:  # it was opened just before its last holder removed it: nobody else's lock
+        os.close(descriptor)
+        return take_lock(directory, uuid)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
     return descriptor

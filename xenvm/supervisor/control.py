@@ -30,7 +30,7 @@ CLIENTS_PER_USER: Final = 32
 REQUEST_WAIT_S: Final = 10.0  # from its first byte to its last
 PARAMS_LIMIT: Final = 16
 CREDENTIALS: Final = struct.Struct("=iII")  # struct ucred, unix(7)
-GROUPS_LIMIT: Final = 256  # getsockopt of Python takes no more than 1024 bytes; of a user in more, only the first counts
+GROUPS_LIMIT: Final = 256  # Python asks for 1024 bytes at most; of a user in more groups only the first one counts
 INVALID_PARAMS: Final = -32602  # the one error code of the original
 PARSE_ERROR: Final = -32700  # JSON-RPC 2.0
 SO_PEERGROUPS: Final = 59  # asm-generic/socket.h
