@@ -73,7 +73,7 @@ def _start(path: str, config: int, *, foreground: bool) -> int:
     directory = os.environ.get("XENVM_SOCKET_DIR", DEFAULT_DIRECTORY)
     if foreground:
         os.dup2(config, CONFIG)
-        os.set_inheritable(CONFIG, True)  # noqa: FBT003 - where it had that number already, dup2 does nothing
+        os.set_inheritable(CONFIG, True)  # where it had that number already, dup2 does nothing
         notify = os.environ.get("NOTIFY_SOCKET", "")
         argv = command("broker", path, directory, "foreground", notify)
         os.execve(argv[0], argv, {})  # noqa: S606 - a fixed list, no shell
