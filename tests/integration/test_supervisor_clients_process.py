@@ -18,6 +18,7 @@ from xenvm.supervisor.control import (
     CLIENTS_LIMIT,
     CLIENTS_PER_USER,
     GROUPS_LIMIT,
+    KEPT_FOR_ROOT,
     OUTPUT_LIMIT_BYTES,
     REQUEST_WAIT_S,
 )
@@ -244,6 +245,12 @@ def test_one_user_cannot_take_all_connections(monitor):
     assert monitor.client().call("domid")["data"] == 7
 
 
+def test_all_users_together_leave_room_for_root(monitor):
+    crowd = [monitor.client(uid=NOBODY + number % 5, gid=NOBODY) for number in range(5 * CLIENTS_PER_USER)]
+    assert sum(ask_if_served(client) is not None for client in crowd) == CLIENTS_LIMIT - KEPT_FOR_ROOT
+    assert monitor.client().call("domid")["data"] == 7
+
+
 def test_descriptors_from_a_client_are_not_kept(monitor):
     other = monitor.client()
     other.call("domid")
@@ -284,7 +291,13 @@ def work_done(pid):
 def test_an_idle_supervisor_does_nothing(monitor):
     idle = monitor.client()
     idle.call("events")
-    monitor.client().call("status")
+    other = monitor.client()
+    other.send("pause")
+    monitor.done(monitor.asked(Op.PAUSE), PAUSED)
+    other.reply()
+    other.send("unpause")
+    monitor.done(monitor.asked(Op.UNPAUSE), RUNNING)
+    other.reply()
     assert monitor.state()["state"] == RUNNING.state
     settled, before = 0, work_done(monitor.pid)
     while settled < 3:  # a look each tenth of a second, until it sleeps

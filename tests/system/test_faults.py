@@ -40,7 +40,15 @@ def test_quit_leaves_the_guest_and_the_next_start_adopts_it(vm):
     steady(guest)
 
 
-@pytest.mark.parametrize("victims", [["supervisor"], ["watcher"], ["broker"], ["supervisor", "watcher", "broker"]])
+@pytest.mark.parametrize(
+    "victims",
+    [
+        ["supervisor"],
+        pytest.param(["watcher"], marks=pytest.mark.long),
+        pytest.param(["broker"], marks=pytest.mark.long),
+        ["supervisor", "watcher", "broker"],
+    ],
+)
 def test_kill_9_of_the_monitor(vm, victims):
     guest = vm()
     guest.start()
@@ -63,6 +71,7 @@ def test_kill_9_of_the_monitor(vm, victims):
     guest.up(boots=2)
 
 
+@pytest.mark.long
 def test_a_guest_that_ended_while_nobody_watched(vm):
     guest = vm(mode="poweroff")
     guest.start()
@@ -73,6 +82,7 @@ def test_a_guest_that_ended_while_nobody_watched(vm):
     until(lambda: guest.boots() == 2, "the policy was done and the guest started anew")
 
 
+@pytest.mark.long
 def test_destroy_at_any_moment_of_a_start(vm):
     """From the first moment the socket answers to the end of the start, in ten steps."""
     guest = vm()
@@ -98,6 +108,7 @@ def test_destroy_at_any_moment_of_a_start(vm):
     assert hits >= 3
 
 
+@pytest.mark.long
 def test_kill_9_of_the_builder_during_a_start(vm):
     guest = vm()
     killed = 0
@@ -118,6 +129,7 @@ def test_kill_9_of_the_builder_during_a_start(vm):
     guest.start()
 
 
+@pytest.mark.long
 def test_kill_9_of_broker_and_builder_during_a_start(vm):
     guest = vm()
     starting = guest.begin()
@@ -132,6 +144,7 @@ def _builder():
     return next((pid for pid, words in processes().items() if "builder" in words), 0)
 
 
+@pytest.mark.long
 def test_only_one_monitor_for_a_uuid(vm):
     guest = vm()
     both = [guest.begin(), guest.begin()]
@@ -142,6 +155,7 @@ def test_only_one_monitor_for_a_uuid(vm):
     assert list(domains()) == [guest.uuid]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [4, 16])
 def test_many_at_once(vm, count):
     guests = [vm(memory=112) for _ in range(count)]

@@ -114,6 +114,7 @@ def test_shutdown_and_start_again(vm):
     guest.up(boots=2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("policy", "state"), [("reboot", "running"), ("preserve", "shutdown")])
 def test_on_halt(vm, policy, state):
     guest = vm(on_halt=policy)
@@ -133,6 +134,7 @@ def test_on_halt(vm, policy, state):
         assert guest.left() == [] or "domain" not in str(guest.left())
 
 
+@pytest.mark.long
 def test_a_guest_that_ignores_shutdown(vm):
     guest = vm(mode="deaf")
     guest.start()
@@ -151,6 +153,7 @@ def test_a_guest_that_ignores_shutdown(vm):
     assert guest.uuid not in domains()
 
 
+@pytest.mark.long
 def test_force_alone_does_not_ask(vm):
     guest = vm(mode="deaf")
     guest.start()
@@ -159,6 +162,7 @@ def test_force_alone_does_not_ask(vm):
     assert guest.state == "shutdown"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("policy", ["destroy", "reboot", "preserve"])
 def test_a_kernel_panic(vm, policy):
     guest = vm(mode="panic", on_crash=policy)
@@ -178,6 +182,7 @@ def test_a_kernel_panic(vm, policy):
         guest.up(boots=2)
 
 
+@pytest.mark.long
 def test_a_crash_loop_is_damped(vm):
     guest = vm(mode="crashloop", on_crash="reboot")
     guest.begin().communicate(timeout=300)
@@ -190,6 +195,7 @@ def test_a_crash_loop_is_damped(vm):
 @pytest.mark.parametrize(
     ("mode", "key", "state"), [("reboot", "on_reboot", "rebooted"), ("poweroff", "on_halt", "shutdown")]
 )
+@pytest.mark.long
 def test_what_the_guest_does_itself_preserved(vm, mode, key, state):
     guest = vm(mode=mode, **{key: "preserve"})
     guest.start()
@@ -198,6 +204,7 @@ def test_what_the_guest_does_itself_preserved(vm, mode, key, state):
     guest.cmd("destroy")
 
 
+@pytest.mark.long
 def test_the_guests_own_reboot_is_a_new_domain(vm):
     guest = vm(mode="reboot")
     guest.start()
@@ -206,6 +213,7 @@ def test_the_guests_own_reboot_is_a_new_domain(vm):
     guest.up(boots=2)
 
 
+@pytest.mark.long
 def test_startup_paused_and_shutdown(vm):
     paused = vm(startup="paused")
     paused.start()
@@ -220,6 +228,7 @@ def test_startup_paused_and_shutdown(vm):
     off.up()
 
 
+@pytest.mark.long
 def test_the_interactive_console(vm):
     guest = vm()
     guest.start()
@@ -239,6 +248,7 @@ def test_the_interactive_console(vm):
     os.close(ours)
 
 
+@pytest.mark.long
 def test_xl_destroy_is_noticed_and_cleaned_up(vm):
     guest = vm()
     guest.start()
@@ -251,6 +261,7 @@ def test_xl_destroy_is_noticed_and_cleaned_up(vm):
     guest.up()
 
 
+@pytest.mark.long
 def test_read_config_counts_from_the_next_start(vm):
     guest = vm()
     guest.start()
@@ -269,6 +280,7 @@ def test_read_config_counts_from_the_next_start(vm):
     assert info[2:4] == ["144", "2"]
 
 
+@pytest.mark.long
 def test_memory_is_checked_before_anything_is_created(vm):
     guest = vm(memory=1000000)
     done = guest.start(code=1)
@@ -276,6 +288,7 @@ def test_memory_is_checked_before_anything_is_created(vm):
     assert guest.left() == []
 
 
+@pytest.mark.long
 def test_events_and_wait(vm):
     guest = vm(startup="shutdown")
     guest.start()

@@ -70,6 +70,14 @@ def test_a_suspended_guest_is_resumed_whatever_the_policy(state, action):
     assert (event, vm.state, op, vm.domid) == (Event.SEEN_SUSPENDED, state, Op.RESUME, 7)
 
 
+@pytest.mark.parametrize(("found", "state"), [("RUNNING", State.RUNNING), ("PAUSED", State.CREATED)])
+def test_a_suspended_guest_found_at_the_start_is_up_once_it_is_resumed(found, state):
+    event, vm, op = ended(RUNNING.but(state=State.CREATING), 2)
+    assert (event, vm.state, op) == (Event.SEEN_SUSPENDED, State.CREATING, Op.RESUME)
+    vm, op = step(vm, seen(vm, POLICY, look(DomainState[found]), 0))
+    assert (vm.state, op) == (state, None)
+
+
 @pytest.mark.parametrize("state", [DomainState.ABSENT, DomainState.DYING])
 def test_a_domain_that_vanished_is_tidied_up(state):
     happening = seen(RUNNING, POLICY, NO_DOMAIN.but(state=state), 2000.0)
