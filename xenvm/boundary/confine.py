@@ -174,8 +174,8 @@ def _set_limits(row: Row) -> None:
 def _drop_privileges(row: Row, before: Status, uid: int | None, gid: int | None) -> int:
     """Change the identity and cut the capabilities; give the mask that must remain.
 
-    The bounding set goes first, since cutting it needs SETPCAP. A process that never had it (started by a user, for
-    the simulator) keeps its bounding set: without capabilities and with no_new_privs it leads nowhere.
+    The bounding set goes first, since cutting it needs SETPCAP. A process that never had it (started by a user, to
+    check a config file) keeps its bounding set: without capabilities and with no_new_privs it leads nowhere.
     """
     held = before.capabilities[_PERMITTED]
     wanted = 0
