@@ -63,6 +63,7 @@ static const unsigned int AUDIT_ARCH_X86_64;
 static const unsigned int X32_SYSCALL_BIT;
 static const unsigned int SECCOMP_RET_KILL_PROCESS;
 static const unsigned int SECCOMP_RET_ERRNO;
+static const unsigned int SECCOMP_RET_USER_NOTIF;
 static const unsigned int SECCOMP_RET_ALLOW;
 static const unsigned int OFFSET_NR;
 static const unsigned int OFFSET_ARCH;
@@ -75,8 +76,12 @@ int xenvm_set_capabilities(uint64_t mask);
 int xenvm_drop_bounding(int capability);
 int xenvm_clear_ambient(void);
 int xenvm_landlock_abi(void);
+int xenvm_landlock_create(int abi);
+int xenvm_landlock_allow(int ruleset, const char *path);
+int xenvm_landlock_enter(int ruleset);
 int xenvm_landlock_deny_all(int abi);
 int xenvm_install_filter(struct sock_filter *instructions, unsigned short count);
+int xenvm_install_listener(struct sock_filter *instructions, unsigned short count);
 """
 
 _NAMES = "\n".join(
@@ -87,10 +92,12 @@ _NAMES = "\n".join(
 SOURCE = (
     r"""
 #include <errno.h>
+#include <fcntl.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #include <linux/audit.h>
@@ -181,14 +188,15 @@ static int xenvm_landlock_abi(void)
 }
 
 /*
- * Handle every access the given version knows and allow none. Rights and sizes are those of linux/landlock.h: file
- * rights 0 to 12 from version 1, REFER 2, TRUNCATE 3, IOCTL_DEV 5, RESOLVE_UNIX 9; TCP bind and connect 4; scopes for
- * abstract sockets and signals 6. A kernel takes a longer structure whose unknown end is zero.
+ * A ruleset that handles every access the given version knows, and allows none yet; a descriptor. Rights and sizes are
+ * those of linux/landlock.h: file rights 0 to 12 from version 1, REFER 2, TRUNCATE 3, IOCTL_DEV 5, RESOLVE_UNIX 9; TCP
+ * bind and connect 4; scopes for abstract sockets and signals 6. A kernel takes a longer structure whose unknown end is
+ * zero.
  */
-static int xenvm_landlock_deny_all(int abi)
+static int xenvm_landlock_create(int abi)
 {
     struct { uint64_t fs, net, scoped; } rules = { 0, 0, 0 };
-    long fd, result;
+    long fd;
 
     rules.fs = (UINT64_C(1) << 13) - 1;
     if (abi >= 2)
@@ -204,11 +212,50 @@ static int xenvm_landlock_deny_all(int abi)
     if (abi >= 6)
         rules.scoped = 3;
     fd = syscall(__NR_landlock_create_ruleset, &rules, sizeof rules, 0);
-    if (fd < 0)
-        return -errno;
-    result = syscall(__NR_landlock_restrict_self, fd, 0) < 0 ? -errno : 0;
-    close((int)fd);
-    return (int)result;
+    return fd < 0 ? -errno : (int)fd;
+}
+
+/*
+ * Allow to read and run a file, or all below a directory, or to read and write a character device; a path that does not
+ * exist is passed over.
+ */
+static int xenvm_landlock_allow(int ruleset, const char *path)
+{
+    struct landlock_path_beneath_attr rule = {
+        .allowed_access = LANDLOCK_ACCESS_FS_EXECUTE | LANDLOCK_ACCESS_FS_READ_FILE,
+    };
+    struct stat found;
+    int result = 0;
+
+    rule.parent_fd = open(path, O_PATH | O_CLOEXEC);
+    if (rule.parent_fd < 0)
+        return errno == ENOENT ? 0 : -errno;
+    if (fstat(rule.parent_fd, &found) < 0)
+        result = -errno;
+    else if (S_ISDIR(found.st_mode))
+        rule.allowed_access |= LANDLOCK_ACCESS_FS_READ_DIR;
+    else if (S_ISCHR(found.st_mode))
+        rule.allowed_access = LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_WRITE_FILE;
+    if (result == 0 && syscall(__NR_landlock_add_rule, ruleset, LANDLOCK_RULE_PATH_BENEATH, &rule, 0) < 0)
+        result = -errno;
+    close(rule.parent_fd);
+    return result;
+}
+
+/* Enter the domain of a ruleset, and close it. Needs no_new_privs. */
+static int xenvm_landlock_enter(int ruleset)
+{
+    int result = syscall(__NR_landlock_restrict_self, ruleset, 0) < 0 ? -errno : 0;
+
+    close(ruleset);
+    return result;
+}
+
+static int xenvm_landlock_deny_all(int abi)
+{
+    int ruleset = xenvm_landlock_create(abi);
+
+    return ruleset < 0 ? ruleset : xenvm_landlock_enter(ruleset);
 }
 
 /* Needs no_new_privs. The filter then holds for every thread of the process; a positive result names one it missed. */
@@ -216,6 +263,15 @@ static int xenvm_install_filter(struct sock_filter *instructions, unsigned short
 {
     struct sock_fprog program = { .len = count, .filter = instructions };
     long result = syscall(__NR_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, &program);
+
+    return result < 0 ? -errno : (int)result;
+}
+
+/* A further filter for this thread and what it starts; the result hears of each SECCOMP_RET_USER_NOTIF. */
+static int xenvm_install_listener(struct sock_filter *instructions, unsigned short count)
+{
+    struct sock_fprog program = { .len = count, .filter = instructions };
+    long result = syscall(__NR_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_NEW_LISTENER, &program);
 
     return result < 0 ? -errno : (int)result;
 }

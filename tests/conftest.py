@@ -8,7 +8,10 @@ import subprocess
 
 import pytest
 
-USERS = ("xenvm", "xenvm-watch", "xenvm-build", "xenvm-parse")
+USERS = (
+    *("xenvm", "xenvm-watch", "xenvm-build", "xenvm-parse"),
+    *("xenvm-hotplug", "xenvm-network", "xenvm-image"),
+)
 READ_GROUP = "xenvm-read"
 LOG_DIRECTORY = "/var/log/xenvm"
 

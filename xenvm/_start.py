@@ -34,6 +34,14 @@ def _main() -> int:
         from xenvm.helpers.watcher.main import main  # noqa: PLC0415
     elif role == "builder":
         from xenvm.helpers.builder.main import main  # noqa: PLC0415
+    elif role == "hotplug":
+        from xenvm.helpers.hotplug.main import main  # noqa: PLC0415
+    elif role == "network":
+        from xenvm.helpers.network.main import main  # noqa: PLC0415
+    elif role == "image":
+        from xenvm.helpers.image.main import main  # noqa: PLC0415
+    elif role == "storage":
+        from xenvm.helpers.storage.main import main  # noqa: PLC0415
     elif role == "parser":
         from xenvm.parser.main import main  # noqa: PLC0415
     else:

@@ -89,6 +89,7 @@ class DiskSpec(Record, kw_only=True):
     read_only: bool
     cdrom: bool
     crypt: CryptSpec | None = None
+    share: bool = False
 
     @property
     def device_number(self) -> int:

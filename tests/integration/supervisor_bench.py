@@ -30,7 +30,7 @@ from xenvm.errors import ExitCode
 
 WAIT_S = 30
 UUID = "11111111-2222-4333-8444-555555555555"
-POLICY = Policy("started", "destroy", "reboot", "destroy", 60)
+POLICY = Policy("started", "destroy", "reboot", "destroy", 60, 40)
 FAULT = Fault(1, "it went wrong", "look into the log")
 RUNNING = Domain(7, DomainState.RUNNING, Phase.BUILT, -1, 65536, 1, 5)
 PAUSED = RUNNING.but(state=DomainState.PAUSED)

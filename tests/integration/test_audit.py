@@ -44,6 +44,9 @@ IDS = {
     "xenvm-watch": (64019, 64020),
     "xenvm-parse": (64021, 64022),
     "xenvm-build": (64023, 64024),
+    "xenvm-hotplug": (64025, 64026),
+    "xenvm-network": (64027, 64028),
+    "xenvm-image": (64029, 64030),
 }
 LANDLOCK = {"Landlock"} if lib.xenvm_landlock_abi() else set()
 
@@ -85,7 +88,7 @@ def opened(path, flags=os.O_RDONLY):
 
 def child(role, argument=uuid):
     extra = {{Role.SUPERVISOR: {{4: listener.fileno(), 5: one.fileno()}}, Role.WATCHER: {{4: other.fileno()}},
-             Role.PARSER: {{4: image}}}}.get(role, {{}})
+             Role.PARSER: {{4: image, 5: image}}}}.get(role, {{}})
     children.append(Child(role, log, extra, argument))
 
 def hear(child):
@@ -108,7 +111,8 @@ if role is Role.BROKER:
     proof = module.confine(row, uid=uid, gid=gid, keep=frozenset(keep))
     acts.append("confined", role="broker", pid=os.getpid(), proof=proof.as_dict())
     acts.append("sealed", grants={{"output": spec["output"]}})
-    children, roles = [], [Role.SUPERVISOR, Role.WATCHER, Role.BUILDER, Role.PARSER]
+    children = []
+    roles = [each for each in Role if each is not Role.BROKER]
     exec(after)
     for name in roles:
         child(name)
@@ -210,7 +214,9 @@ def store(monitor):
 
 def test_processes_that_equal_their_rows_show_no_difference(monitor, store):
     connect = "connected(here + '/xenstored/socket')"
-    with monitor.running(before={Role.WATCHER: connect, Role.BUILDER: connect}):
+    before = dict.fromkeys((Role.WATCHER, Role.BUILDER, Role.HOTPLUG), connect)
+    route = "s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW); keep.add(s.fileno())"
+    with monitor.running(before=before | dict.fromkeys((Role.NETWORK, Role.STORAGE), route)):
         found = audit(monitor.host, UUID)
     assert {one.role for one in found} == set(Role)
     assert [(one.role, line) for one in found for line in one.lines if line.differs] == []
@@ -244,7 +250,7 @@ def test_a_process_may_take_its_time_to_confine_itself(monitor, monkeypatch):
         assert {"uid", "proof"} <= monitor.differences()[Role.BUILDER]
         monkeypatch.setattr(audit_module, "STARTING_S", float(WAIT_S))
         found = audit(monitor.host, UUID)  # the thread ends, too
-    assert len(found) == 6
+    assert len(found) == len(Role) + 1
     assert sum(one.differences for one in found) == 0
 
 
@@ -306,6 +312,28 @@ DEVIATIONS = {
         "",
         {"socket families"},
     ),
+    "netlink socket of a hotplug worker": (
+        Role.HOTPLUG,
+        "s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW); keep.add(s.fileno())",
+        "",
+        {"socket families"},
+    ),
+    "inet socket of a network worker": (
+        Role.NETWORK,
+        "s = socket.socket(); keep.add(s.fileno())",
+        "",
+        {"socket families"},
+    ),
+    "xenstore of a network worker": (Role.NETWORK, "s = connected(here + '/xenstored/socket')", "", {"xenstored"}),
+    "xenstore of an image worker": (Role.IMAGE, "s = connected(here + '/xenstored/socket')", "", {"xenstored"}),
+    "xenstore of a storage worker": (Role.STORAGE, "s = connected(here + '/xenstored/socket')", "", {"xenstored"}),
+    "a second capability": (
+        Role.NETWORK,
+        "row = row.but(capabilities=row.capabilities | {'CAP_SYS_ADMIN'})",
+        "",
+        {"CapPrm", "CapEff", "CapBnd"},
+    ),
+    "no landlock of an image worker": (Role.IMAGE, "row = row.but(landlock=Landlock.UNRESTRICTED)", "", LANDLOCK),
     "xenstore": (Role.SUPERVISOR, "s = connected(here + '/xenstored/socket')", "", {"xenstored"}),
     "xenstore of the broker": (Role.BROKER, "s = connected(here + '/xenstored/socket')", "", {"xenstored"}),
     "another server": (Role.WATCHER, "s = connected(here + '/vm-' + uuid)", "", {"other servers"}),
@@ -366,6 +394,32 @@ def test_exactly_the_deviation_is_reported(name, monitor, store):
     role, before, after, names = DEVIATIONS[name]
     with monitor.running(before={role: before}, after={role: after}):
         assert monitor.differences() == ({role: names} if names else {})
+
+
+def test_what_serves_an_image_is_measured_by_the_row_it_inherits(monitor):
+    """While its worker lives it is a child of the monitor; a program of others, it greets nobody."""
+    start = "server = subprocess.Popen(['/usr/bin/qemu-storage-daemon'], close_fds=True)"
+    for before, found in (("", {}), ("row = row.but(limits={'CORE': 0})", {Role.IMAGE: {"limit NOFILE"}})):
+        with monitor.running(before={Role.IMAGE: before}, after={Role.IMAGE: start}):
+            servers = [one for one in audit(monitor.host, UUID) if one.role is Role.IMAGE]
+            differs = monitor.differences()
+            pids = [one.process.pid for one in servers if one.process.program == audit_module.IMAGE_SERVER]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        assert (len(servers), len(pids), differs) == (2, 1, found)
+
+
+def test_the_connection_to_a_served_image_belongs_to_those_who_pass_it_on(supervisor):
+    row, process, proof, fits = supervisor
+    served = Descriptor(40, "socket", "socket:[1]", "UNIX-STREAM", "", f"/run/xenvm/image-{UUID}-51712")
+    held = process.but(descriptors=(*process.descriptors, served))
+    assert [line.name for line in compare(row, held, proof, fits)] == ["other servers"]
+    for role in (Role.BROKER, Role.IMAGE, Role.STORAGE):
+        assert compare(row.but(role=role), held, proof.but(role=role.value), fits) == []
+        other = process.but(descriptors=(*process.descriptors, served.but(peer=f"/run/xenvm/image-{OTHER}-51712")))
+        assert [line.name for line in compare(row.but(role=role), other, proof.but(role=role.value), fits)] == [
+            "other servers"
+        ]
 
 
 def test_a_connection_is_reported_when_xenstored_has_accepted_it_too(monitor, store):
@@ -607,8 +661,8 @@ def test_the_program_prints_row_and_process_side_by_side(monitor, capfd):
     rows = [line.split() for line in text.splitlines()]
     assert ["uid", "64019", "(xenvm-watch)", "64119", "DIFFERS"] in rows
     assert ["tried", "execve", "EPERM"] in rows
-    assert rows[-1] == ["5", "processes,", "1", "differences"]
-    assert (told["uuid"], told["processes"], told["differences"]) == (UUID, 5, 1)
+    assert rows[-1] == [str(len(Role)), "processes,", "1", "differences"]
+    assert (told["uuid"], told["processes"], told["differences"]) == (UUID, len(Role), 1)
     [differing] = [p for one in told["audited"] for p in one["properties"] if p["differs"]]
     assert differing == {"name": "uid", "table": "64019 (xenvm-watch)", "process": "64119", "differs": True}
 
@@ -616,7 +670,7 @@ def test_the_program_prints_row_and_process_side_by_side(monitor, capfd):
 def test_the_program_is_content_with_what_fits(monitor, capfd):
     with monitor.running():
         assert main([UUID], monitor.host) == 0
-        assert capfd.readouterr().out.endswith("5 processes, 0 differences\n")
+        assert capfd.readouterr().out.endswith(f"{len(Role)} processes, 0 differences\n")
     assert main([UUID], monitor.host) == 4
     assert "no monitor runs" in capfd.readouterr().err
 

@@ -4,6 +4,7 @@
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from xenvm.boundary.frames import decode, encode
 from xenvm.config.dump import dump, fields
 from xenvm.config.issue import format_issue
 from xenvm.config.keys import KEYS, REFUSED, find, spellings
@@ -29,6 +30,7 @@ from xenvm.model import (
     StartupKind,
     Uuid,
 )
+from xenvm.parser.main import answer
 
 # Property tests measure nothing: a loaded machine is no failure
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -66,6 +68,7 @@ def disk(draw):
         read_only=cdrom or draw(st.booleans()),
         cdrom=cdrom,
         crypt=draw(crypt) if kind in {"phy", "file", "aio"} else None,
+        share=draw(st.booleans()),
     )
 
 
@@ -139,6 +142,7 @@ def common(draw, base):
         on_reboot=draw(st.sampled_from(Action)),
         on_crash=draw(st.sampled_from(Action)),
         shutdown_timeout_s=draw(st.integers(1, 86400)),
+        device_timeout_s=draw(st.integers(1, 86400)),
         debug=draw(st.booleans()),
         output=draw(st.none() | path),
         no_mem_check=draw(st.booleans()),
@@ -224,6 +228,20 @@ def test_fields_are_what_a_file_would_have(config):
         for value in (text.split("\n") if text or not find(name).repeatable else [])
     ]
     assert parse_text("\n".join(lines), "fields").config == config
+
+
+@unhurried
+@given(paravirtual())
+def test_what_the_parser_accepts_passes_every_check_of_the_broker(config):
+    """No config is accepted whose answer the broker would refuse: it could not say what is wrong with it."""
+    made = answer(parse_text(dump(config), "canonical"), "99999999-0000-4000-8000-000000000000")
+    assert decode(encode(made)) == made
+    if made.grants:
+        grants = made.grants[0]
+        assert [(disk.device, disk.path, disk.share) for disk in grants.disks] == [
+            (disk.device_number, disk.path, disk.share) for disk in config.disks
+        ]
+        assert [(nic.id, nic.bridge) for nic in grants.nics] == [(nic.id, nic.bridge or "") for nic in config.nics]
 
 
 def check(result):

@@ -11,7 +11,7 @@ from xenvm.supervisor.machine import TRANSITIONS, Happening, Vm, seen, step
 from xenvm.supervisor.states import ALIVE, COMMANDS, ENDED, STABLE, Event, State
 
 ACTIONS = st.sampled_from(["preserve", "reboot", "destroy"])
-POLICIES = st.builds(Policy, st.just("started"), ACTIONS, ACTIONS, ACTIONS, st.just(60))
+POLICIES = st.builds(Policy, st.just("started"), ACTIONS, ACTIONS, ACTIONS, st.just(60), st.just(40))
 FAULT = Fault(1, "no", "")
 HAPPENINGS = st.builds(
     Happening,

@@ -18,7 +18,7 @@ from xenvm.errors import XenvmError
 
 KERNEL = "/lab/vmlinux"  # Debian's kernel, unpacked once: half a minute of emulation saved in each test
 INITRD = "/lab/guest.gz"
-QUIET = "console=hvc0 mitigations=off rodata=off xenvm.tick_ms=200"
+QUIET = "console=hvc0 mitigations=off rodata=off"
 CONSOLE_LOGS = Path("/var/log/xen/console")
 PATIENCE_S = 120.0
 
@@ -60,24 +60,44 @@ def xenstore():
     return sorted(line.split(" = ")[0] for line in run("xenstore-ls", "-f").stdout.splitlines())
 
 
+def devices():
+    """What the host's kernel has of guests' devices: backends, used loop, nbd and dm devices, interfaces."""
+    block = Path("/sys/block")
+    return {
+        "backends": sorted(path.name for path in Path("/sys/bus/xen-backend/devices").glob("v*")),
+        "loops": sorted(path.name for path in block.iterdir() if (path / "loop/backing_file").exists()),
+        "nbds": sorted(path.name for path in block.glob("nbd*") if (path / "size").read_text().strip() != "0"),
+        "dms": sorted(path.name for path in block.glob("dm-*")),
+        "interfaces": sorted(path.name for path in Path("/sys/class/net").iterdir()),
+    }
+
+
 class Vm:
     def __init__(self, directory, **settings):
         self.uuid = settings.pop("uuid", None) or str(uuid.uuid4())
         self.name = settings.setdefault("name", f"xenvm-test-{self.uuid[:8]}")
         self.file = Path(directory) / f"{self.uuid}.cfg"
+        self.asked = 0
         self.settings = {
             "uuid": self.uuid,
             "kernel": KERNEL,
             "initrd": INITRD,
             "memory": 128,
-            "cmdline": f"{QUIET} xenvm.mode={settings.pop('mode', 'normal')}",
+            "cmdline": f"{QUIET} xenvm.tick_ms={settings.pop('tick_ms', 200)} "
+            f"xenvm.mode={settings.pop('mode', 'normal')}",
             **settings,
         }
         self.write()
 
     def write(self, **changes):
+        """Write the config file; a list is a key given several times."""
         self.settings.update(changes)
-        self.file.write_text("".join(f"{key} = {value}\n" for key, value in self.settings.items()))
+        lines = [
+            f"{key} = {one}\n"
+            for key, value in self.settings.items()
+            for one in (value if isinstance(value, list) else [value])
+        ]
+        self.file.write_text("".join(lines))
 
     def start(self, code=0):
         done = run("xenvm", str(self.file))
@@ -126,6 +146,22 @@ class Vm:
 
     def up(self, boots=1):
         until(lambda: self.boots() >= boots and self.ticks(), "guest userspace up and ticking")
+
+    def shell(self, line, patience_s=PATIENCE_S, code=0):
+        """Run a line in the guest, through its console; return what it printed."""
+        self.asked += 1
+        mark = f"END-{self.asked}-"
+        before = len(self.console())
+        with Monitor.connect(self.uuid, reply_timeout_s=60) as monitor:
+            terminal = monitor.call("console").take_descriptor()
+        try:
+            os.write(terminal, f"{line}; echo {mark}$?\n".encode())
+        finally:
+            os.close(terminal)
+        found = until(lambda: re.search(rf"{mark}(\d+)", self.console()[before:]), f"the guest ran: {line}", patience_s)
+        text = self.console()[before:][: found.start()].replace("\r", "")
+        assert int(found[1]) == code, text
+        return "\n".join(part for part in text.splitlines()[1:] if not re.fullmatch(r"tick \d+", part))
 
     def broker(self):
         return int(Path(f"/run/xenvm/lock-{self.uuid}").read_text())
@@ -183,11 +219,12 @@ def vm(tmp_path):
 @pytest.fixture(autouse=True)
 def nothing_is_left():
     """No test may leave a process, a guest, a xenstore node or a socket on the host."""
-    before = xenstore()
+    before, there = xenstore(), devices()
     yield
     until(lambda: not processes(), "all processes of all monitors have ended", 60)
     assert domains() == {}
     assert [path for path in xenstore() if path not in before and not path.startswith("/tool")] == []
+    assert devices() == there
     assert list(Path("/run/xenvm").iterdir()) == []
 
 

@@ -112,11 +112,17 @@ def test_destroy_at_any_moment_of_a_start(vm):
 def test_kill_9_of_the_builder_during_a_start(vm):
     guest = vm()
     killed = 0
-    for delay_s in (0.0, 0.3, 0.8, 1.5):
+    acts = Path(f"/var/log/xenvm/{guest.uuid}.acts")
+    for delay_s in (0.0, 0.2, 0.6, 1.2):
+        before = acts.read_text().count('"job"') if acts.exists() else 0
         starting = guest.begin()
-        pid = until(lambda one=starting: _builder() or one.poll() is not None, "a builder")
+        until(
+            lambda one=starting, seen=before: one.poll() is not None or acts.read_text().count('"job"') > seen,
+            "a builder with a job (one killed before it has one is replaced)",
+        )
         time.sleep(delay_s)
-        if pid is not True:
+        pid = _builder()
+        if pid:
             kill(pid)
         text = starting.communicate(timeout=120)[0]
         if starting.returncode:

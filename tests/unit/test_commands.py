@@ -26,7 +26,14 @@ def test_names_of_old_serve_still(alias, name):
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("suspend", "save or restore"), ("disk-add", "devices"), ("vnc", "PV guests only"), ("set-mem-target", "config")],
+    [
+        ("suspend", "save or restore"),
+        ("pci-add", "PCI"),
+        ("vnc", "PV guests only"),
+        ("set-mem-target", "config"),
+        ("cd-insert-real", "HVM"),
+        ("device", "backends run in dom0"),
+    ],
 )
 def test_what_is_not_here_says_why(name, reason):
     with pytest.raises(UsageError, match=reason):
@@ -49,7 +56,7 @@ def test_an_unknown_name_is_shown_in_ascii_and_cut():
 
 def test_only_commands_that_change_nothing_are_open_to_readers():
     reading = {name for name, command in COMMANDS.items() if command.reading}
-    assert reading == {"help", "status", "domid", "get", "events", "wait"}
+    assert reading == {"help", "status", "domid", "get", "events", "wait", "disk-list", "nic-list"}
     assert all(COMMANDS[name].event is None for name in reading)
 
 

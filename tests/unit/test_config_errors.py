@@ -165,6 +165,14 @@ def test_disks_beside_each_other(first, second):
     assert not issues(PV + DISK.format("a", first) + DISK.format("b", second))
 
 
+def test_at_most_64_disks():
+    disks = "".join(DISK.format(number, f"d{number}p0") for number in range(64))
+    assert not issues(PV + disks)
+    issue = only(PV + disks + DISK.format("x", "d64p0"))
+    assert issue.line == 67
+    assert "at most 64 disks" in issue.message
+
+
 def test_nic_ids_are_the_lowest_free_in_file_order():
     text = PV + "nic = bridge=a\nnic = id=0\nnic = bridge=b\nnic = id=2\nnic = bridge=c\n"
     nics = parse_text(text, "vm.cfg").accepted().nics

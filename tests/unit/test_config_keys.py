@@ -119,6 +119,8 @@ GOOD = [
     ("on_crash", "restart", Action.REBOOT),
     ("shutdown-timeout", "1", 1),
     ("shutdown-timeout", "86400", 86400),
+    ("device-timeout", "1", 1),
+    ("device-timeout", "86400", 86400),
     ("debug", "Yes", True),
     ("output", "/var/log/vm.log", "/var/log/vm.log"),
     ("no_mem_check", "1", True),
@@ -152,6 +154,13 @@ GOOD = [
         "disk",
         "/dev/vg/a:phy:xvda:w:disk:cipher=aes-xts-plain64:key-size=512:key-file=/k",
         (disk(crypt=CryptSpec(key_file="/k", cipher="aes-xts-plain64", key_size_bits=512)),),
+    ),
+    ("disk", "/dev/vg/a:phy:xvda:w:disk:share=true", (disk(share=True),)),
+    ("disk", "/dev/vg/a:phy:xvda:w:disk:share=no", (disk(),)),
+    (
+        "disk",
+        "/dev/vg/a:phy:xvda:w:disk:share=1:key-file=/k",
+        (disk(crypt=CryptSpec(key_file="/k"), share=True),),
     ),
     ("diskinfo-pt", "true", True),
     ("nic", "", (NicSpec(id=0),)),
@@ -223,6 +232,9 @@ BAD = [
     ("on_crash", "Destroy", "is not one of"),
     ("shutdown-timeout", "0", "out of range"),
     ("shutdown-timeout", "86401", "out of range"),
+    ("device-timeout", "0", "out of range"),
+    ("device-timeout", "86401", "out of range"),
+    ("device-timeout", "40s", "not a whole number"),
     ("debug", "on", "neither true nor false"),
     ("debug", "", "neither true nor false"),
     ("output", "log", "not absolute"),
@@ -283,12 +295,16 @@ BAD = [
     ("disk", "/a:vhd:xvda:w:disk:key-file=/k", "cannot be encrypted"),
     ("disk", "/a:phy:xvda:w:disk:key-dir=/k", "refused"),
     ("disk", "/a:phy:xvda:w:disk:backend-domid=1", "only be 0"),
+    ("disk", "/a:phy:xvda:w:disk:share=perhaps", "neither true nor false"),
+    ("disk", "/a:phy:xvda:w:disk:share", "KEY=VALUE"),
+    ("disk", "/a:phy:xvda:w:disk:share=true:share=true", "given twice"),
     ("diskinfo-pt", "x", "neither true nor false"),
     ("nic", "br0", "KEY=VALUE"),
     ("nic", ",", "KEY=VALUE"),
     ("nic", "brdige=br0", "unknown option"),
     ("nic", "bridge=", "no bridge name"),
     ("nic", "bridge=a/b", "no bridge name"),
+    ("nic", "bridge=br\u00e4", "no bridge name"),
     ("nic", "bridge=abcdefghijklmnop", "no bridge name"),
     ("nic", "mac=random", "no MAC address"),
     ("nic", "mac=00:16:3e:00:00:0", "no MAC address"),
@@ -385,7 +401,7 @@ def test_file_of_restore():
 
 def test_keys_are_those_published_and_those_kept():
     assert {key.name for key in KEYS if key.published} == set(PUBLISHED)
-    assert {key.name for key in KEYS if not key.published} == {*KEPT, "shutdown-timeout"}
+    assert {key.name for key in KEYS if not key.published} == {*KEPT, "shutdown-timeout", "device-timeout"}
 
 
 def test_each_field_has_one_key():
@@ -435,6 +451,7 @@ def test_defaults():
     assert config.hvm is False
     assert config.vcpus == 1
     assert config.shutdown_timeout_s == 60
+    assert config.device_timeout_s == 40
     assert config.display.kind is DisplayKind.NONE
     assert config.boot == "cd"
     assert parse_text(HVM, "vm.cfg").accepted().display == DisplaySpec(kind=DisplayKind.VNC)

@@ -35,6 +35,10 @@ MODULES = {
     Role.WATCHER: ["xenvm.helpers.watcher.main"],
     Role.PARSER: ["xenvm.parser.main"],
     Role.BUILDER: ["xenvm.helpers.builder.main", "xenvm.helpers.builder.xen", "xenvm.helpers.builder.jobs"],
+    Role.HOTPLUG: ["xenvm.helpers.hotplug.main"],
+    Role.NETWORK: ["xenvm.helpers.network.main"],
+    Role.IMAGE: ["xenvm.helpers.image.main"],
+    Role.STORAGE: ["xenvm.helpers.storage.main"],
 }
 HEAVY = {
     "argparse",
@@ -58,6 +62,23 @@ FORBIDDEN = {
     Role.PARSER: HEAVY | {"pyxs", "threading", "logging", "xenvm.broker", "xenvm.supervisor", "xenvm._xen"},
     # pyxs itself imports threading; the Router of helpers.store keeps it from starting one.
     Role.BUILDER: HEAVY | {"logging", "xenvm.config", "xenvm.broker", "xenvm.supervisor"},
+    Role.HOTPLUG: HEAVY | {"logging", "xenvm.config", "xenvm.broker", "xenvm.supervisor", "xenvm._xen"},
+    **dict.fromkeys(
+        (Role.NETWORK, Role.IMAGE, Role.STORAGE),
+        HEAVY | {"pyxs", "threading", "logging", "xenvm.config", "xenvm.broker", "xenvm.supervisor", "xenvm._xen"},
+    ),
+}
+# What only one helper has use for; the others do not even load it.
+OWN = {
+    "xenvm.helpers.builder": {Role.BUILDER},
+    "xenvm.helpers.watcher": {Role.WATCHER},
+    "xenvm.helpers.hotplug": {Role.HOTPLUG},
+    "xenvm.helpers.network": {Role.NETWORK},
+    "xenvm.helpers.image": {Role.IMAGE},
+    "xenvm.helpers.storage": {Role.STORAGE},
+    "xenvm.helpers.devices": {Role.BUILDER, Role.HOTPLUG},
+    "xenvm.helpers.exchange": {Role.BUILDER, Role.HOTPLUG},
+    "xenvm.helpers.store": {Role.BUILDER, Role.HOTPLUG},
 }
 
 
@@ -90,8 +111,9 @@ def test_the_builder_has_threading_from_pyxs_alone():
     assert not [text for text in ours if "import threading" in text]
 
 
-def test_only_the_builder_loads_what_drives_xen():
-    assert {role for role in Role if "xenvm.helpers.builder.main" in loaded(role)} == {Role.BUILDER}
+def test_each_helper_has_its_own_code_alone():
+    names = {role: loaded(role) for role in Role}
+    assert {module: {role for role in Role if module in names[role]} for module in OWN} == OWN
 
 
 def test_the_start_script_refuses_a_role_that_is_none():

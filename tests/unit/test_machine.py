@@ -19,7 +19,7 @@ from xenvm.supervisor.machine import (
 )
 from xenvm.supervisor.states import ALIVE, COMMANDS, ENDED, STABLE, Event, State
 
-POLICY = Policy("started", "destroy", "reboot", "destroy", 60)
+POLICY = Policy("started", "destroy", "reboot", "destroy", 60, 40)
 RUNNING = Vm(State.RUNNING, domid=7, started_s=1000.0)
 NOT_ALIVE_WITH_DOMAIN = (State.CREATING, State.SHUTDOWNING, State.REBOOTING)
 FAULT = Fault(7, "it went wrong", "try again")

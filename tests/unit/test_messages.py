@@ -6,32 +6,34 @@ from enum import StrEnum
 
 import pytest
 
-from xenvm.boundary import messages
+from xenvm.boundary import devices, messages
+from xenvm.boundary.checks import Checked, Message, array, choice, flag, number, string, table
+from xenvm.boundary.devices import DeviceState, DiskGrant, Kind, NicGrant, Vbd, Vif
 from xenvm.boundary.messages import (
     KINDS,
     NO_DOMAIN,
     Ask,
-    Checked,
     ConfigIssue,
     Domain,
     Fault,
     Hello,
-    Message,
     Op,
+    Plug,
     Policy,
     Progress,
+    Rebridge,
+    Unplug,
     Watch,
-    array,
-    choice,
-    flag,
-    number,
-    string,
-    table,
 )
 from xenvm.errors import ProtocolError
 
-RECORDS = [kind for kind in vars(messages).values() if isinstance(kind, type) and issubclass(kind, Checked)]
+NAMES = {**vars(devices), **vars(messages)}
+RECORDS = [kind for kind in NAMES.values() if isinstance(kind, type) and issubclass(kind, Checked)]
 RECORDS = [kind for kind in RECORDS if kind not in (Checked, Message)]
+DISK = DiskGrant(51712, "xvda", "phy", "/dev/vg/a", False, False, False, "", 0, "")
+NIC = NicGrant(0, "br0", "00:16:3e:00:00:01")
+VBD = Vbd(51712, "xvda", False, False, False, "phy:/dev/vg/a", 7, 5, "")
+STATE = DeviceState(Kind.VBD, 51712, "xvda", 4, 4, False, "phy:/dev/vg/a", "", "")
 
 
 class Colour(StrEnum):
@@ -74,18 +76,80 @@ def test_kinds_are_distinct_and_complete():
     assert len({kind.KIND for kind in KINDS.values()}) == len(KINDS)
 
 
-def test_only_the_broker_and_the_builder_pass_descriptors():
-    assert {kind.__name__: kind.DESCRIPTORS for kind in KINDS.values() if kind.DESCRIPTORS} == {"Done": 1, "Job": 2}
+def test_which_messages_pass_descriptors():
+    """From the supervisor Plug alone: the disk that a client has opened."""
+    assert {kind.__name__: kind.DESCRIPTORS for kind in KINDS.values() if kind.DESCRIPTORS} == {
+        "Done": 1,
+        "Job": 2,
+        "Plug": 1,
+        "Serve": 3,
+        "Connect": 1,
+        "Decrypt": 2,
+    }
 
 
 def test_a_supervisor_names_nothing():
-    """A request is an operation out of a list; its text is only shown to whoever started the monitor."""
+    """A request is an operation out of a list; its text is only shown to whoever started the monitor.
+
+    A disk has a path and a key file for show: what the broker does with them is tested with the broker.
+    """
     assert Ask.FIELDS == ("sequence", "op", "text", "code")
     assert Watch.FIELDS == ("event",)
+    assert Plug.FIELDS == ("sequence", "disks", "nics")
+    assert Unplug.FIELDS == ("sequence", "kind", "device", "force", "timeout_s")
+    assert Rebridge.FIELDS == ("sequence", "device", "bridge")
+
+
+@pytest.mark.parametrize(
+    ("record", "field", "values"),
+    [
+        (DISK, "device", [0, -1, 2**29, True, "51712"]),
+        (DISK, "name", ["x" * 33, "xvd\n", "xvd\u00e4", 5]),
+        (DISK, "type", ["", "qcow2", "phy ", "tap"]),
+        (DISK, "path", ["x" * 4096, "a\0b"]),
+        (DISK, "cipher", ["aes xts", "-aes", "a" * 65, "aes;0"]),
+        (DISK, "key_size_bits", [-1, 4097]),
+        (DISK, "read_only", [1, "r"]),
+        (NIC, "id", [-1, 32]),
+        (NIC, "bridge", ["a/b", "a b", "a:b", "b" * 16, "a\n", "\u00e4", "\x7f"]),
+        (NIC, "mac", ["", "00:16:3E:00:00:01", "00:16:3e:00:00:1", "00:16:3e:00:00:01\n"]),
+        (Vif(0, "br0", NIC.mac), "mac", ["00163e000001"]),
+        (VBD, "major", [-2, 4096]),
+        (VBD, "minor", [-2, 2**20]),
+        (VBD, "source", ["phy:/\u00e4", "a\tb", "x" * 1025]),
+        (VBD, "server", ["1", "0 5", "1 ", "1 2 3", "-1 2", "12345678901 2"]),
+        (STATE, "kind", ["VBD", "tap", ""]),
+        (STATE, "backend", [-2, 9, "4"]),
+        (STATE, "frontend", [-2, 9]),
+        (STATE, "detail", ["\x1b[2J", "x" * 1025]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_device_may_be(record, field, values):
+    body = record.as_body()
+    assert type(record).from_body(body) == record
+    for value in values:
+        with pytest.raises(ProtocolError, match=rf"{type(record).__name__}\.{field}"):
+            type(record).from_body(body | {field: value})
+
+
+def test_one_device_is_added_at_a_time():
+    assert Plug.from_body(Plug(1, (DISK,), ()).as_body()).disks == (DISK,)
+    for wrong in (Plug(1, (DISK, DISK), ()), Plug(1, (), (NIC, NIC))):
+        with pytest.raises(ProtocolError, match="at most 1"):
+            Plug.from_body(wrong.as_body())
+
+
+def test_domain_0_and_reserved_numbers_get_no_devices():
+    for domid in (-1, 0, 0x7FF0):
+        with pytest.raises(ProtocolError, match=r"Created\.domid"):
+            messages.Created.from_body({"domid": domid, "devices": []})
+        with pytest.raises(ProtocolError, match=r"Join\.domid"):
+            messages.Join.from_body({"domid": domid, "vifs": [], "timeout_s": 1})
 
 
 def test_an_error_names_record_and_field():
-    body = Policy("started", "destroy", "reboot", "destroy", 60).as_body()
+    body = Policy("started", "destroy", "reboot", "destroy", 60, 40).as_body()
     assert Policy.from_body(body).on_reboot == "reboot"
     with pytest.raises(ProtocolError, match=r"Policy\.on_reboot"):
         Policy.from_body(body | {"on_reboot": "destroyed"})

@@ -3,8 +3,12 @@
 
 import pytest
 
+from xenvm.boundary.devices import DiskGrant, NicGrant
 from xenvm.boundary.frames import decode, encode
+from xenvm.boundary.messages import FileNeed, HostPolicy
 from xenvm.config.parse import parse_bytes
+from xenvm.model import derived_mac
+from xenvm.parser.hostpolicy import NO_POLICY
 from xenvm.parser.main import ISSUES_LIMIT, UNABLE, answer
 
 FRESH = "99999999-0000-4000-8000-000000000000"
@@ -35,8 +39,59 @@ def test_a_good_file_becomes_grants_and_policy():
     assert (policy.startup, policy.on_halt, policy.on_reboot, policy.on_crash) == (
         *("started", "destroy", "reboot", "preserve"),
     )
-    assert (found.kernel, found.initrd, found.lines) == ("/boot/k", "/boot/i", {"kernel": 1, "initrd": 4})
+    assert found.files == (FileNeed("kernel", 1, "/boot/k", "file"), FileNeed("initrd", 4, "/boot/i", "file"))
     assert found.fields["memory"] == "64"
+    assert (grants.disks, grants.nics, grants.device_timeout_s, policy.device_timeout_s) == ((), (), 40, 40)
+    assert found.host == NO_POLICY
+
+
+def test_disks_and_cards_become_grants():
+    found = parsed(
+        GOOD
+        + f"uuid = {UUID}\ndevice-timeout = 9\n".encode()
+        + b"disk = /dev/vg/a:phy:sda:w:disk\ndisk = /a.iso:file:xvdb:r:cdrom:share=true\n"
+        + b"disk = /s:aio:xvdc:w:disk:cipher=aes-cbc-essiv:key-size=128:key-file=/key\ndisk = :file:xvdd:r:cdrom\n"
+        + b"nic =\nnic = bridge=br0,mac=00:16:3E:00:00:0A,id=5\n"
+    )
+    assert found.issues == ()
+    (grants,), (policy,) = found.grants, found.policy
+    assert grants.disks == (
+        DiskGrant(2048, "sda", "phy", "/dev/vg/a", False, False, False, "", 0, ""),
+        DiskGrant(51728, "xvdb", "file", "/a.iso", True, True, True, "", 0, ""),
+        DiskGrant(51744, "xvdc", "aio", "/s", False, False, False, "aes-cbc-essiv", 128, "/key"),
+        DiskGrant(51760, "xvdd", "file", "", True, True, False, "", 0, ""),
+    )
+    assert grants.nics == (NicGrant(0, "", derived_mac(0, None, UUID)), NicGrant(5, "br0", "00:16:3e:00:00:0a"))
+    assert (grants.device_timeout_s, policy.device_timeout_s) == (9, 9)
+
+
+def test_a_derived_address_follows_the_fresh_uuid():
+    """Without a uuid in the file the address is that of the uuid the VM gets, not of no uuid."""
+    assert parsed(GOOD + b"nic =\n").grants[0].nics[0].mac == derived_mac(0, None, FRESH)
+
+
+def test_every_file_of_a_disk_must_be_there():
+    """A block device for phy alone; a drive without a disc names none. The line is that of the first disk."""
+    found = parsed(
+        GOOD
+        + b"disk = /dev/vg/a:phy:sda:w:disk\ndisk = /b:file:sdb:w:disk:key-file=/k\ndisk = /c:aio:sdc:w:disk\n"
+        + b"disk = /d:qcow:sdd:w:disk\ndisk = /e:vhd:sde:r:disk\ndisk = :file:sdf:r:cdrom\n"
+    )
+    assert [(need.key, need.path, need.kind, need.line) for need in found.files] == [
+        ("kernel", "/boot/k", "file", 1),
+        ("disk", "/dev/vg/a", "block", 4),
+        ("disk", "/b", "either", 4),
+        ("key-file", "/k", "file", 4),
+        ("disk", "/c", "either", 4),
+        ("disk", "/d", "either", 4),
+        ("disk", "/e", "either", 4),
+    ]
+
+
+def test_the_hosts_policy_comes_along():
+    host = HostPolicy("br0", ("br0", "dmz"))
+    made = answer(parse_bytes(GOOD, "a.cfg"), FRESH, host)
+    assert decode(encode(made)).host == host
 
 
 def test_a_given_uuid_is_kept_and_serves_as_the_name():
@@ -51,19 +106,21 @@ def test_all_errors_come_at_once_with_their_lines():
 def test_files_of_a_bad_config_are_named_too():
     found = parsed(b"kernel = /boot/k\nvcpus = many\n")
     assert found.issues
-    assert (found.kernel, found.lines["kernel"]) == ("/boot/k", 1)
+    assert found.files == (FileNeed("kernel", 1, "/boot/k", "file"),)
 
 
 @pytest.mark.parametrize(
     ("line", "field"),
     [
-        (b"nic = bridge=br0", "nics"),
+        (b"pci = 0,0000:00:1b.0", "pci"),
+        (b"cores-per-socket = 2", "cores_per_socket"),
         (b"startup = restore /tmp/image", "startup"),
         (b"display = vnc", "display"),
         (b"hvm = true", "hvm"),
     ],
 )
 def test_what_this_version_cannot_do_is_refused_with_its_line(line, field):
+    assert set(UNABLE) == {"hvm", "pci", "display", "cores_per_socket", "startup"}
     assert (4, f"this version of xenvm {UNABLE[field]}") in messages(GOOD + line + b"\n")
 
 
@@ -107,7 +164,7 @@ def test_grants_that_no_frame_holds_are_refused(count):
 def test_a_long_answer_is_still_an_answer():
     found = parsed(b"kernel = /" + b"k" * 4094 + b"\nmemory = 64\ncmdline = " + b"x" * 1000 + b"\n")
     assert found.issues == ()
-    assert len(found.grants[0].kernel) == len(found.kernel) == 4095
+    assert len(found.grants[0].kernel) == len(found.files[0].path) == 4095
 
 
 @pytest.mark.parametrize("size", [0, 1, 262144, 262145, 1 << 20])

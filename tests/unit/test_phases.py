@@ -9,6 +9,7 @@ from typing import ClassVar
 import psutil
 import pytest
 
+from xenvm.boundary.devices import Kind, NicGrant
 from xenvm.boundary.frames import Channel, encode
 from xenvm.boundary.messages import (
     NO_DOMAIN,
@@ -20,17 +21,21 @@ from xenvm.boundary.messages import (
     Fault,
     Grants,
     Hello,
+    HostPolicy,
     Init,
     Job,
     Op,
     Phase,
+    Plug,
     Policy,
     Progress,
+    Rebridge,
+    Unplug,
 )
 from xenvm.boundary.privileges import TABLE, Role
-from xenvm.broker import core
+from xenvm.broker import bridges, core, plugging
 from xenvm.broker.core import RESTARTS_PER_MINUTE, Broker
-from xenvm.broker.phases import PERMITS, REBUILDING, VmPhase
+from xenvm.broker.phases import ON_DEVICES, PERMITS, REBUILDING, WITH_ARGUMENTS, VmPhase
 from xenvm.errors import ExitCode, XenvmError
 
 UUID = "11111111-2222-4333-8444-555555555555"
@@ -92,7 +97,7 @@ class Bench:
         self.kernel = tmp_path / "kernel"
         self.kernel.write_bytes(b"k")
         self.grants = Grants(
-            *(UUID, "web", str(self.kernel), "", "", 64, 64, 1, True, (), (), False, ""),
+            *(UUID, "web", str(self.kernel), "", "", 64, 64, 1, True, (), (), False, "", (), (), 40),
         )
         self.acts, self.told = Acts(), []
         self.listener = socket.socket(socket.AF_UNIX)
@@ -100,8 +105,10 @@ class Bench:
         self.reloaded = []
         self.broker = Broker(
             grants=self.grants,
-            policy=Policy("started", "destroy", "reboot", "destroy", 60),
+            policy=Policy("started", "destroy", "reboot", "destroy", 60, 40),
             fields={"name": "web"},
+            host_policy=HostPolicy("", ()),
+            directory=str(tmp_path),
             config_file="/etc/a.cfg",
             listener=self.listener,
             log=2,
@@ -115,7 +122,7 @@ class Bench:
 
     def reload(self):
         self.reloaded.append(1)
-        return self.grants, Policy("started", "preserve", "reboot", "destroy", 60), {}
+        return self.grants, Policy("started", "preserve", "reboot", "destroy", 60, 40), {}
 
     def close(self):
         self.broker._end_children()
@@ -143,6 +150,10 @@ class Bench:
 
     def ask(self, op, sequence=1, text="", code=0):
         self.supervisor.there.send(Ask(sequence, op, text, code))
+        self.turn()
+
+    def send(self, message, descriptors=()):
+        self.supervisor.there.send(message, descriptors)
         self.turn()
 
     def heard(self):
@@ -178,7 +189,9 @@ class Bench:
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
     FakeChild.made = []
-    monkeypatch.setattr(core, "Child", FakeChild)
+    for module in (core, plugging):
+        monkeypatch.setattr(module, "Child", FakeChild)
+    monkeypatch.setattr(bridges, "bridges", lambda: ["br0"])
     before = psutil.Process().num_fds()
     made = Bench(tmp_path)
     yield made
@@ -188,6 +201,11 @@ def bench(monkeypatch, tmp_path):
 
 PHASES = {VmPhase.ABSENT: NO_DOMAIN, VmPhase.BUILT: RUNNING}
 WITH_HELPER = sorted(op for op, permit in PERMITS.items() if permit.deadline_s)
+REQUESTS = {
+    Op.PLUG: Plug(9, (), (NicGrant(3, "br0", "00:16:3e:00:00:03"),)),
+    Op.UNPLUG: Unplug(9, Kind.VBD, 51712, False, 5),
+    Op.REBRIDGE: Rebridge(9, 0, "br0"),
+}
 
 
 # The table
@@ -202,7 +220,7 @@ def test_a_domain_is_needed_for_all_that_touches_one():
     built = {op for op, permit in PERMITS.items() if permit.phases == {VmPhase.BUILT}}
     assert built == {
         *(Op.REBUILD, Op.QUERY, Op.PAUSE, Op.UNPAUSE, Op.RESUME, Op.ASK_POWEROFF, Op.ASK_REBOOT, Op.WITHDRAW),
-        *(Op.FORCE_POWEROFF, Op.CONSOLE),
+        *(Op.FORCE_POWEROFF, Op.CONSOLE, Op.DEVICES, Op.PLUG, Op.UNPLUG, Op.REBRIDGE, Op.SETTLE),
     }
     assert {op for op, permit in PERMITS.items() if permit.phases == {VmPhase.ABSENT}} == {Op.BUILD, Op.BUILD_PAUSED}
 
@@ -210,6 +228,8 @@ def test_a_domain_is_needed_for_all_that_touches_one():
 def test_everything_has_a_limit():
     assert all(0 < permit.per_minute <= 600 and 0 <= permit.deadline_s <= 720 for permit in PERMITS.values())
     assert {Op.BUILD, Op.BUILD_PAUSED, Op.REBUILD, Op.START, Op.START_PAUSED} == REBUILDING
+    assert {Op.DEVICES, Op.PLUG, Op.UNPLUG, Op.REBRIDGE, Op.SETTLE} == ON_DEVICES
+    assert {Op.PLUG, Op.UNPLUG, Op.REBRIDGE} == WITH_ARGUMENTS
 
 
 # What is permitted
@@ -220,22 +240,24 @@ def test_everything_has_a_limit():
 def test_a_request_is_legal_in_its_phases_only(bench, op, phase):
     if phase in PHASES:
         bench.known(PHASES[phase])
-    bench.ask(op, sequence=9)
+    bench.send(REQUESTS[op]) if op in WITH_ARGUMENTS else bench.ask(op, sequence=9)
     if phase in PERMITS[op].phases:
         assert bench.silent()
         job, images = bench.job()
         assert (job.op, job.uuid, job.grants) == (op, UUID, bench.grants)
         assert job.domid == (7 if phase is VmPhase.BUILT else -1)
         assert images == (1 if op in REBUILDING else 0)
+        assert bench.builder.role is (Role.HOTPLUG if op in ON_DEVICES else Role.BUILDER)
     else:
         assert "not possible" in bench.refused(ExitCode.WRONG_STATE)
         assert [child.role for child in FakeChild.made] == [Role.SUPERVISOR]
         assert bench.acts.of("refused")[0]["op"] == op.value
 
 
-@pytest.mark.parametrize("op", [Op.START, Op.START_PAUSED])
+@pytest.mark.parametrize("op", [Op.START, Op.START_PAUSED, *sorted(WITH_ARGUMENTS)])
 @pytest.mark.parametrize("phase", VmPhase)
-def test_what_the_broker_begins_by_itself_cannot_be_asked_for(bench, op, phase):
+def test_what_is_begun_otherwise_cannot_be_asked_for(bench, op, phase):
+    """START by the broker itself, once; a change of devices by a message that says which."""
     if phase in PHASES:
         bench.known(PHASES[phase])
     bench.ask(op)
@@ -273,7 +295,7 @@ def test_one_job_at_a_time(bench):
     running = bench.builder
     for op in WITH_HELPER:
         if op is not Op.DESTROY and VmPhase.BUILT in PERMITS[op].phases:
-            bench.ask(op, 5)
+            bench.send(REQUESTS[op]) if op in WITH_ARGUMENTS else bench.ask(op, 5)
             assert "busy with query" in bench.refused(ExitCode.BUSY)
     assert bench.builder is running
     assert not running.killed
@@ -388,12 +410,41 @@ def test_a_builder_that_failed_at_its_start_has_said_why(bench):
 
 def test_a_builder_cannot_leave_descriptors_behind(bench):
     bench.known(RUNNING)
-    before = psutil.Process().num_fds()
+    counts = []
     for _ in range(50):
         bench.ask(Op.QUERY)
         bench.answer(Done(0, RUNNING, ""), [bench.wakeup])
         assert isinstance(bench.heard(), Done)
-    assert psutil.Process().num_fds() <= before
+        counts.append(psutil.Process().num_fds())
+    assert set(counts) == {counts[0]}
+
+
+def test_a_builder_made_ready_after_a_command_serves_the_next_one_or_ends(bench, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(core.time, "monotonic", lambda: now[0])
+    bench.known(RUNNING)
+    bench.ask(Op.PAUSE)
+    bench.answer(Done(0, RUNNING, ""))
+    first = bench.broker._spare
+    assert first.role is Role.BUILDER
+    bench.ask(Op.UNPAUSE)
+    assert (bench.builder, bench.broker._spare) == (first, None)
+    bench.answer(Done(0, RUNNING, ""))
+    second = bench.broker._spare
+    assert bench.broker._timeout_ms() == core.SPARE_S * 1000
+    now[0] += core.SPARE_S
+    os.write(bench.signals, bytes([signal.SIGHUP]))  # the end of the wait
+    bench.turn()
+    assert second.killed
+    assert bench.broker._spare is None
+
+
+@pytest.mark.parametrize("op", [Op.DEVICES, Op.SETTLE, Op.DESTROY, Op.FIND])
+def test_no_builder_is_made_ready_where_no_second_command_is_likely(bench, op):
+    bench.known(RUNNING)
+    bench.ask(op)
+    bench.answer(Done(0, NO_DOMAIN, ""))
+    assert bench.broker._spare is None
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from xenvm.boundary.privileges import (
     NULL,
     ONE_REQUEST,
     PRIVCMD,
+    STORAGE_IOCTLS,
     TABLE,
     XEN_IOCTLS,
     Landlock,
@@ -21,7 +22,14 @@ from xenvm.boundary.privileges import (
     markdown_table,
 )
 
-UNPRIVILEGED = [role for role in Role if role is not Role.BROKER]
+NOT_BROKER = [role for role in Role if role is not Role.BROKER]
+# image: a program of others inherits its row, and it must be able to start that program
+FILTERED = [role for role in NOT_BROKER if role is not Role.IMAGE]
+# What a role may do beyond the others, each with its reason beside its row.
+CAPABILITIES = {Role.NETWORK: {"CAP_NET_ADMIN"}, Role.STORAGE: {"CAP_SYS_ADMIN"}}
+CALLS = {Role.STORAGE: {"openat", "socket"}}
+FILES = {Role.IMAGE: Landlock.READ_SYSTEM, Role.STORAGE: Landlock.UNRESTRICTED}
+IOCTLS = {Role.BUILDER: XEN_IOCTLS, Role.STORAGE: STORAGE_IOCTLS}
 
 # What no confined process may call: opening and changing paths, programs, processes, sockets, signals, identity.
 _FORBIDDEN = """
@@ -55,22 +63,45 @@ def test_every_row(role):
     assert row.lifetime in {MONITOR, ONE_REQUEST}
 
 
-@pytest.mark.parametrize("role", UNPRIVILEGED)
+@pytest.mark.parametrize("role", NOT_BROKER)
 def test_every_row_but_the_brokers(role):
     row = TABLE[role]
-    assert row.user is not None
-    assert not row.capabilities
-    assert row.landlock is Landlock.NOTHING
-    assert row.syscalls is not None
-    assert not row.syscalls & FORBIDDEN
-    assert not row.syscalls & KILL_LIST
-    assert row.limits["NPROC"] == 0
+    assert row.capabilities == CAPABILITIES.get(role, set())
+    assert row.landlock is FILES.get(role, Landlock.NOTHING)
     assert row.dies_with_parent
     assert row.descriptors[3] == "socket"
 
 
+@pytest.mark.parametrize("role", FILTERED)
+def test_every_row_with_a_list_of_calls(role):
+    row = TABLE[role]
+    assert row.syscalls is not None
+    assert row.syscalls & FORBIDDEN == CALLS.get(role, set())
+    assert not row.syscalls & KILL_LIST
+    assert not row.refused
+    assert row.limits["NPROC"] == 0
+
+
+def test_only_broker_and_storage_stay_root():
+    assert [role for role in Role if TABLE[role].user is None] == [Role.BROKER, Role.STORAGE]
+
+
+def test_what_serves_images_has_no_privilege_and_makes_no_connection():
+    row = TABLE[Role.IMAGE]
+    assert row.user is not None
+    assert not row.capabilities
+    assert row.landlock is Landlock.READ_SYSTEM
+    assert {"socket", "connect", "bind"} <= row.refused
+    assert row.lifetime == ONE_REQUEST
+
+
+def test_what_only_tries_a_killed_call_lives_below_the_broker_too():
+    # Of two filters the stricter one counts, and the broker's is inherited.
+    assert TABLE[Role.IMAGE].refused & KILL_LIST <= TABLE[Role.BROKER].refused
+
+
 def test_no_two_roles_share_a_user():
-    users = [row.user for row in TABLE.values()]
+    users = [row.user for row in TABLE.values() if row.user is not None]
     assert len(set(users)) == len(users)
 
 
@@ -83,6 +114,8 @@ def test_the_broker_stays_root_with_few_capabilities():
         "CAP_SETPCAP",
         "CAP_KILL",
         "CAP_DAC_READ_SEARCH",
+        *CAPABILITIES[Role.NETWORK],  # a child can keep only what the broker has
+        *CAPABILITIES[Role.STORAGE],
     }
     assert not row.dies_with_parent
     assert row.syscalls is None
@@ -102,7 +135,7 @@ def test_only_the_builder_holds_the_hypervisor():
 
 def test_only_the_builder_may_ask_the_hypervisor():
     assert {role for role in Role if TABLE[role].ioctls & XEN_IOCTLS} == {Role.BUILDER}
-    assert all(TABLE[role].ioctls == DESCRIPTOR_IOCTLS for role in Role if role is not Role.BUILDER)
+    assert all(TABLE[role].ioctls == DESCRIPTOR_IOCTLS | IOCTLS.get(role, set()) for role in Role)
 
 
 def test_xen_requests_are_those_of_its_two_devices():
@@ -111,7 +144,7 @@ def test_xen_requests_are_those_of_its_two_devices():
 
 
 def test_only_the_supervisor_accepts_connections():
-    assert {role for role in UNPRIVILEGED if "accept4" in TABLE[role].syscalls} == {Role.SUPERVISOR}
+    assert {role for role in FILTERED if "accept4" in TABLE[role].syscalls} == {Role.SUPERVISOR}
 
 
 def test_the_parser_is_bounded_in_memory_and_time():
@@ -126,7 +159,7 @@ def test_the_kill_list_leaves_what_confinement_itself_needs():
 
 
 def test_what_is_cut_by_arguments_is_allowed_at_all():
-    for role in UNPRIVILEGED:
+    for role in FILTERED:
         assert {"fcntl", "ioctl", *NO_EXECUTABLE_MEMORY} <= TABLE[role].syscalls
     assert not FCNTL_COMMANDS & {8, 10, 15}  # F_SETOWN, F_SETSIG, F_SETOWN_EX
 

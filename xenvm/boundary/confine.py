@@ -33,11 +33,15 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
-__all__ = ["ConfineError", "Proof", "confine", "filter_program"]
+__all__ = ["ConfineError", "Proof", "confine", "direct_open_listener", "filter_program"]
 
 _LAST_DESCRIPTOR: Final = 0xFFFFFFFF  # close_range(2): the largest unsigned int
 _HIGHEST_CAPABILITY: Final = 63  # the sets are 64 bits wide
 _PERMITTED, _EFFECTIVE = 1, 2  # places in Status.capabilities
+
+# Landlock.READ_SYSTEM: a program of Debian, its libraries, and where the loader looks them up, to read and run. And
+# /dev/null to read and write: without it QEMU does not find out that it can lock its images (util/osdep.c).
+_SYSTEM: Final = (b"/usr", b"/lib", b"/lib64", b"/etc/ld.so.cache", b"/dev/null")
 
 Instruction = tuple[int, int, int, int]  # struct sock_filter: code, jump if true, jump if false, operand
 
@@ -47,6 +51,8 @@ _ANY_BIT: Final = lib.BPF_JMP | lib.BPF_JSET | lib.BPF_K
 _KILL: Final[Instruction] = (lib.BPF_RET | lib.BPF_K, 0, 0, lib.SECCOMP_RET_KILL_PROCESS)
 _ALLOW: Final[Instruction] = (lib.BPF_RET | lib.BPF_K, 0, 0, lib.SECCOMP_RET_ALLOW)
 _REFUSE: Final[Instruction] = (lib.BPF_RET | lib.BPF_K, 0, 0, lib.SECCOMP_RET_ERRNO | errno.EPERM)
+_MISSING: Final[Instruction] = (lib.BPF_RET | lib.BPF_K, 0, 0, lib.SECCOMP_RET_ERRNO | errno.ENOSYS)
+_TELL: Final[Instruction] = (lib.BPF_RET | lib.BPF_K, 0, 0, lib.SECCOMP_RET_USER_NOTIF)
 
 
 def confine(row: Row, *, uid: int | None, gid: int | None, keep: frozenset[int] | None = None) -> Proof:
@@ -72,7 +78,7 @@ def confine(row: Row, *, uid: int | None, gid: int | None, keep: frozenset[int] 
         if abi:
             probes.append(probe_open("open / under Landlock"))
         _install_filter(row)
-        if row.user is not None:
+        if row.user is not None and row.syscalls is not None:
             probes.append(probe_open("open /"))
             probes.extend(probe_calls())
         after = read_status(status)
@@ -110,14 +116,32 @@ def filter_program(row: Row) -> list[Instruction]:
         (_AT_LEAST, 0, 1, lib.X32_SYSCALL_BIT),
         _KILL,
     ]
-    for name in sorted(KILL_LIST):
-        program += [(_EQUAL, 0, 1, _number(name)), _KILL]
+    for name in sorted(KILL_LIST | row.refused):
+        program += [(_EQUAL, 0, 1, _number(name)), _MISSING if name in row.refused else _KILL]
     if row.syscalls is None:
         return [*program, _ALLOW]
     for name in sorted(row.syscalls):
         block = _verdict(row, name)
         program += [(_EQUAL, 0, len(block), _number(name)), *block]
     return [*program, _REFUSE]
+
+
+def direct_open_listener() -> int:
+    """Let programs that this process starts open nothing with O_DIRECT; return the descriptor that hears of each try.
+
+    Who holds it can answer with a descriptor of its own, seccomp_unotify(2). When nobody does any more, such an open
+    fails with ENOSYS. It holds for this process too. The caller closes the descriptor.
+    """
+    program: list[Instruction] = [
+        _load(lib.OFFSET_NR),
+        (_EQUAL, 0, 3, _number("openat")),
+        _load(lib.OFFSET_ARGS + 16),
+        (_ANY_BIT, 0, 1, os.O_DIRECT),
+        _TELL,
+        _ALLOW,
+    ]
+    result = lib.xenvm_install_listener(ffi.new("struct sock_filter[]", program), len(program))
+    return _checked("seccomp listener", result)
 
 
 def _verdict(row: Row, name: str) -> list[Instruction]:
@@ -186,12 +210,13 @@ def _drop_privileges(row: Row, before: Status, uid: int | None, gid: int | None)
         _cut_bounding(wanted)
     if before.capabilities[_EFFECTIVE] & (1 << prctl.CAP_SETGID):
         os.setgroups([])
-    prctl.set_keepcaps(0)
+    prctl.set_keepcaps(1 if wanted else 0)
     if uid is not None and gid is not None:
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)
     _checked("clear ambient capabilities", lib.xenvm_clear_ambient())
     _checked("capset", lib.xenvm_set_capabilities(wanted))
+    prctl.set_keepcaps(0)
     return wanted
 
 
@@ -224,12 +249,15 @@ def _detach_from_outside(row: Row, parent: int) -> None:
 
 
 def _restrict_files(row: Row) -> int:
-    """Enter a Landlock domain without rules; give its version, 0 where the row or the kernel has none."""
+    """Enter a Landlock domain with the rules of the row; give its version, 0 where the row or the kernel has none."""
     if row.landlock is Landlock.UNRESTRICTED:
         return 0
     abi = _checked("Landlock version", lib.xenvm_landlock_abi())
     if abi:
-        _checked("Landlock", lib.xenvm_landlock_deny_all(abi))
+        ruleset = _checked("Landlock ruleset", lib.xenvm_landlock_create(abi))
+        for path in _SYSTEM if row.landlock is Landlock.READ_SYSTEM else ():
+            _checked(f"Landlock rule for {path.decode()}", lib.xenvm_landlock_allow(ruleset, path))
+        _checked("Landlock", lib.xenvm_landlock_enter(ruleset))
     return abi
 
 
@@ -246,9 +274,9 @@ def _compare(row: Row, after: Status, wanted: int, uid: int | None, gid: int | N
     wrong = []
     if (permitted, effective, inheritable, ambient) != (wanted, wanted, 0, 0):
         wrong.append("capabilities")
-    if uid is not None and (set(after.uids) != {uid} or set(after.gids) != {gid} or after.groups or bounding):
+    if uid is not None and (set(after.uids) != {uid} or set(after.gids) != {gid} or after.groups):
         wrong.append("identity")
-    if row.user is None and os.geteuid() == 0 and bounding != wanted:
+    if (uid is not None or os.geteuid() == 0) and bounding != wanted:
         wrong.append("bounding set")
     if after.no_new_privs != row.no_new_privs:
         wrong.append("no_new_privs")

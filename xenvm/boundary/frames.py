@@ -15,13 +15,15 @@ import socket
 import struct
 import time
 
-from xenvm.boundary.messages import KINDS, Message
+from xenvm.boundary.messages import KINDS
 from xenvm.errors import ProtocolError, TimeoutExpiredError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Final
+
+    from xenvm.boundary.checks import Message
 
 MAGIC: Final = b"XVMF"
 VERSION: Final = 1

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Every message that crosses between two processes of a monitor, with its one checked decoder. No I/O.
 
-A message is a record; CHECKS says for each field what is acceptable. An unknown or missing field, a wrong
-type or a value out of range is a ProtocolError: the receiver ends the connection. No message from the supervisor has
-a field that could name a file, a domain or a device.
+What does not pass the checks is a ProtocolError: the receiver ends the connection. No message from the supervisor has
+a field that names a file or a domain; a disk it adds comes as an open descriptor.
 """
 
 from __future__ import annotations
@@ -11,132 +10,51 @@ from __future__ import annotations
 import re
 from enum import StrEnum
 
-from xenvm.errors import ExitCode, ProtocolError
-from xenvm.record import Record
+from xenvm.boundary.checks import (
+    INT32_MAX,
+    NAME,
+    UUID,
+    Checked,
+    Message,
+    array,
+    choice,
+    flag,
+    number,
+    string,
+    table,
+)
+from xenvm.boundary.devices import (
+    BRIDGE,
+    CIPHER,
+    DEVICE_MAX,
+    DISK_GRANTS,
+    NIC_GRANTS,
+    NICS_LIMIT,
+    STATES,
+    VBDS,
+    VIFS,
+    DeviceState,
+    DiskGrant,
+    Kind,
+    NicGrant,
+    Vbd,
+    Vif,
+)
+from xenvm.errors import ExitCode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from typing import Any, ClassVar, Final, Self
+    from collections.abc import Mapping
+    from typing import ClassVar, Final
 
-    Check = Callable[[object], Any]
-
-INT32_MAX: Final = 2**31 - 1
-UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
-_NO_TEXT: Final = re.compile("[\0\ud800-\udfff]")
-NAME: Final = re.compile(r"[A-Za-z0-9._+-]{1,64}", re.ASCII)
-
-
-def number(low: int, high: int) -> Check:
-    """Accept an integer from `low` to `high`; a boolean is not an integer."""
-
-    def check(untrusted: object) -> int:
-        if type(untrusted) is not int or not low <= untrusted <= high:
-            raise ProtocolError(f"not a number from {low} to {high}")
-        return untrusted
-
-    return check
-
-
-def string(limit: int, pattern: re.Pattern[str] | None = None) -> Check:
-    """Accept a string of at most `limit` characters that matches `pattern` as a whole.
-
-    NUL, and halves of surrogate pairs, which cannot be encoded, are not among them.
-    """
-
-    def check(untrusted: object) -> str:
-        if not isinstance(untrusted, str) or len(untrusted) > limit or _NO_TEXT.search(untrusted):
-            raise ProtocolError(f"not a text of at most {limit} characters")
-        if pattern is not None and not pattern.fullmatch(untrusted):
-            raise ProtocolError("text has another form")
-        return untrusted
-
-    return check
-
-
-def flag(untrusted: object) -> bool:
-    """Accept true or false."""
-    if not isinstance(untrusted, bool):
-        raise ProtocolError("not a boolean")
-    return untrusted
-
-
-def choice(kind: type[StrEnum]) -> Check:
-    """Accept a member of a string enumeration by value."""
-
-    def check(untrusted: object) -> StrEnum:
-        if not isinstance(untrusted, str):
-            raise ProtocolError("not a choice")
-        try:
-            return kind(untrusted)
-        except ValueError as error:
-            raise ProtocolError(f"not a {kind.__name__}") from error
-
-    return check
-
-
-def array(item: Check, limit: int) -> Check:
-    """Accept a list of at most `limit` items and return it as a tuple."""
-
-    def check(untrusted: object) -> tuple[Any, ...]:
-        if not isinstance(untrusted, list | tuple) or len(untrusted) > limit:
-            raise ProtocolError(f"not a list of at most {limit}")
-        return tuple(item(untrusted_item) for untrusted_item in untrusted)
-
-    return check
-
-
-def table(key: Check, value: Check, limit: int) -> Check:
-    """Accept an object of at most `limit` members."""
-
-    def check(untrusted: object) -> dict[str, Any]:
-        if not isinstance(untrusted, dict) or len(untrusted) > limit:
-            raise ProtocolError(f"not an object of at most {limit} members")
-        return {key(untrusted_key): value(untrusted_value) for untrusted_key, untrusted_value in untrusted.items()}
-
-    return check
-
-
-class Checked(Record):
-    """A record whose every field has a check; nested ones appear as objects in a body."""
-
-    CHECKS: ClassVar[Mapping[str, Check]]
-
-    @classmethod
-    def from_body(cls, untrusted_body: object) -> Self:
-        """Return the record in `untrusted_body`, or raise ProtocolError naming the first field that is wrong."""
-        if not isinstance(untrusted_body, dict) or untrusted_body.keys() != cls.CHECKS.keys():
-            raise ProtocolError(f"{cls.__name__}: fields are not {', '.join(cls.CHECKS)}")
-        checked: dict[str, Any] = {}
-        for name, check in cls.CHECKS.items():
-            try:
-                checked[name] = check(untrusted_body[name])
-            except ProtocolError as error:
-                raise ProtocolError(f"{cls.__name__}.{name}: {error.message}") from error
-        return cls(**checked)
-
-    def as_body(self) -> dict[str, object]:
-        """Return the JSON form."""
-        return {name: _plain(getattr(self, name)) for name in self.FIELDS}
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, Checked):
-        return value.as_body()
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
-class Message(Checked):
-    """A record that travels in a frame of its own; DESCRIPTORS is how many may come with it."""
-
-    KIND: ClassVar[int]
-    DESCRIPTORS: ClassVar[int] = 0
+    from xenvm.boundary.checks import Check
 
 
 class Op(StrEnum):
-    """What a supervisor may ask of the broker. None has an argument: the broker knows the VM and its grants."""
+    """What is asked of the broker and of its helpers. In an Ask none has an argument: the broker knows VM and grants.
+
+    PLUG and UNPLUG come to the broker as messages of their own.
+    """
 
     FIND = "find"
     START = "start"
@@ -153,6 +71,11 @@ class Op(StrEnum):
     WITHDRAW = "withdraw"
     FORCE_POWEROFF = "force-poweroff"
     DESTROY = "destroy"
+    DEVICES = "devices"
+    PLUG = "plug"
+    UNPLUG = "unplug"
+    REBRIDGE = "rebridge"
+    SETTLE = "settle"
     CONSOLE = "console"
     CONSOLE_LOG = "console-log"
     READ_CONFIG = "read-config"
@@ -190,6 +113,7 @@ _NAME_TEXT = string(64, NAME)
 _PATH_TEXT = string(4095)
 _LINE_TEXT = string(1024)
 _SEQUENCE = number(0, INT32_MAX)
+_SECONDS = number(1, 86400)
 _DOMID = number(-1, 0x7FEF)  # DOMID_FIRST_RESERVED is 0x7FF0 (xen.h); -1 means none
 
 
@@ -260,6 +184,9 @@ class Grants(Checked):
     affinity: tuple[Affinity, ...]
     debug: bool
     output: str
+    disks: tuple[DiskGrant, ...]
+    nics: tuple[NicGrant, ...]
+    device_timeout_s: int
     CHECKS: ClassVar = {
         "uuid": _UUID_TEXT,
         "name": _NAME_TEXT,
@@ -274,6 +201,9 @@ class Grants(Checked):
         "affinity": array(Affinity.from_body, 8192),
         "debug": flag,
         "output": _PATH_TEXT,
+        "disks": DISK_GRANTS,
+        "nics": NIC_GRANTS,
+        "device_timeout_s": _SECONDS,
     }
 
 
@@ -285,14 +215,39 @@ class Policy(Checked):
     on_reboot: str
     on_crash: str
     shutdown_timeout_s: int
+    device_timeout_s: int
     _ACTION: ClassVar[Check] = string(16, re.compile("destroy|reboot|preserve"))
     CHECKS: ClassVar = {
         "startup": string(16, re.compile("started|paused|shutdown")),
         "on_halt": _ACTION,
         "on_reboot": _ACTION,
         "on_crash": _ACTION,
-        "shutdown_timeout_s": number(1, 86400),
+        "shutdown_timeout_s": _SECONDS,
+        "device_timeout_s": _SECONDS,
     }
+
+
+class FileNeed(Checked):
+    """A file that the config names: `kind` is what it must be, `key` and `line` say where it is named."""
+
+    key: str
+    line: int
+    path: str
+    kind: str
+    CHECKS: ClassVar = {
+        "key": string(64),
+        "line": number(0, INT32_MAX),
+        "path": _PATH_TEXT,
+        "kind": string(8, re.compile("file|block|either")),
+    }
+
+
+class HostPolicy(Checked):
+    """What /etc/xenvm/policy.toml says for all VMs of the host; "" and () without it."""
+
+    default_bridge: str
+    bridges: tuple[str, ...]
+    CHECKS: ClassVar = {"default_bridge": string(15, BRIDGE), "bridges": array(string(15, BRIDGE), 256)}
 
 
 class ConfigIssue(Checked):
@@ -370,14 +325,23 @@ class Ask(Message):
 
 
 class Done(Message):
-    """The asked-for thing happened; `domain` is the newest look at it. CONSOLE sends a descriptor along."""
+    """The asked-for thing happened; `domain` is the newest look at it, `devices` what FIND and DEVICES saw.
+
+    CONSOLE and Map send a descriptor along.
+    """
 
     sequence: int
     domain: Domain
     text: str
+    devices: tuple[DeviceState, ...] = ()
     KIND: ClassVar = 4
     DESCRIPTORS: ClassVar = 1
-    CHECKS: ClassVar = {"sequence": _SEQUENCE, "domain": Domain.from_body, "text": string(32768)}
+    CHECKS: ClassVar = {
+        "sequence": _SEQUENCE,
+        "domain": Domain.from_body,
+        "text": string(32768),
+        "devices": STATES,
+    }
 
 
 class Failed(Message):
@@ -400,15 +364,36 @@ class Progress(Message):
 
 
 class Job(Message):
-    """Broker to builder: its one request. BUILD brings the kernel and, if granted, the initrd as descriptors."""
+    """Broker to builder or hotplug: its one request. BUILD brings kernel and, if granted, initrd as descriptors.
+
+    `vbds` and `vifs` are the devices to plug, `kind` and `device` (-1: none) the one to unplug; `force` takes one away
+    that the guest does not let go.
+    """
 
     op: Op
     uuid: str
     domid: int
     grants: Grants
+    vbds: tuple[Vbd, ...] = ()
+    vifs: tuple[Vif, ...] = ()
+    kind: Kind = Kind.VBD
+    device: int = -1
+    force: bool = False
+    timeout_s: int = 40
     KIND: ClassVar = 7
     DESCRIPTORS: ClassVar = 2
-    CHECKS: ClassVar = {"op": choice(Op), "uuid": _UUID_TEXT, "domid": _DOMID, "grants": Grants.from_body}
+    CHECKS: ClassVar = {
+        "op": choice(Op),
+        "uuid": _UUID_TEXT,
+        "domid": _DOMID,
+        "grants": Grants.from_body,
+        "vbds": VBDS,
+        "vifs": VIFS,
+        "kind": choice(Kind),
+        "device": number(-1, DEVICE_MAX),
+        "force": flag,
+        "timeout_s": _SECONDS,
+    }
 
 
 class Watch(Message):
@@ -420,28 +405,26 @@ class Watch(Message):
 
 
 class Parsed(Message):
-    """Parser to whoever gave it the file: issues, or the grants and the policy (then `issues` is empty).
+    """Parser to whoever gave it the file: issues, or the grants and the policies (then `issues` is empty).
 
-    `lines` gives the line of `kernel` and `initrd`, so that a missing file is reported like any other error.
+    `files` are those that must be there, so that a missing one is reported like any other error.
     """
 
     issues: tuple[ConfigIssue, ...]
     grants: tuple[Grants, ...]
     policy: tuple[Policy, ...]
+    host: HostPolicy
     fields: dict[str, str]
-    kernel: str
-    initrd: str
-    lines: dict[str, int]
+    files: tuple[FileNeed, ...]
     uuid_given: bool
     KIND: ClassVar = 9
     CHECKS: ClassVar = {
         "issues": array(ConfigIssue.from_body, 256),
         "grants": array(Grants.from_body, 1),
         "policy": array(Policy.from_body, 1),
+        "host": HostPolicy.from_body,
         "fields": table(string(64), string(32768), 256),
-        "kernel": _PATH_TEXT,
-        "initrd": _PATH_TEXT,
-        "lines": table(string(64), number(0, INT32_MAX), 256),
+        "files": array(FileNeed.from_body, 256),
         "uuid_given": flag,
     }
 
@@ -456,8 +439,133 @@ class Outcome(Message):
     CHECKS: ClassVar = {"code": number(0, max(ExitCode)), "uuid": string(36), "text": string(60000)}
 
 
+class Plug(Message):
+    """Supervisor to broker: give the running guest one more device. A disk comes with its descriptor."""
+
+    sequence: int
+    disks: tuple[DiskGrant, ...]
+    nics: tuple[NicGrant, ...]
+    KIND: ClassVar = 11
+    DESCRIPTORS: ClassVar = 1
+    CHECKS: ClassVar = {
+        "sequence": _SEQUENCE,
+        "disks": array(DiskGrant.from_body, 1),
+        "nics": array(NicGrant.from_body, 1),
+    }
+
+
+class Unplug(Message):
+    """Supervisor to broker: take a device away; after `timeout_s` give up, or with `force` remove it all the same."""
+
+    sequence: int
+    kind: Kind
+    device: int
+    force: bool
+    timeout_s: int
+    KIND: ClassVar = 12
+    CHECKS: ClassVar = {
+        "sequence": _SEQUENCE,
+        "kind": choice(Kind),
+        "device": number(0, DEVICE_MAX),
+        "force": flag,
+        "timeout_s": _SECONDS,
+    }
+
+
+class Rebridge(Message):
+    """Supervisor to broker: move a network card to another bridge."""
+
+    sequence: int
+    device: int
+    bridge: str
+    KIND: ClassVar = 13
+    CHECKS: ClassVar = {"sequence": _SEQUENCE, "device": number(0, NICS_LIMIT - 1), "bridge": string(15, BRIDGE)}
+
+
+class Created(Message):
+    """Builder or hotplug to broker: the nodes of the devices are there; backends may be prepared for `domid`.
+
+    `devices` are those of the VM's earlier domain, which is gone.
+    """
+
+    domid: int
+    devices: tuple[DeviceState, ...]
+    KIND: ClassVar = 14
+    CHECKS: ClassVar = {"domid": number(1, 0x7FEF), "devices": STATES}
+
+
+class Ready(Message):
+    """Broker to builder or hotplug: the block devices are open (here are their numbers), the cards are bridged."""
+
+    vbds: tuple[Vbd, ...]
+    KIND: ClassVar = 15
+    CHECKS: ClassVar = {"vbds": VBDS}
+
+
+class Join(Message):
+    """Broker to network: put each card's interface into its bridge, when the kernel has made it, within `timeout_s`."""
+
+    domid: int
+    vifs: tuple[Vif, ...]
+    timeout_s: int
+    KIND: ClassVar = 16
+    CHECKS: ClassVar = {"domid": number(1, 0x7FEF), "vifs": VIFS, "timeout_s": _SECONDS}
+
+
+class Serve(Message):
+    """Broker to image: serve this image. Descriptors: the image, a listening socket, a socket connected to it."""
+
+    format: str
+    read_only: bool
+    KIND: ClassVar = 17
+    DESCRIPTORS: ClassVar = 3
+    CHECKS: ClassVar = {"format": string(8, re.compile("qcow|vhd")), "read_only": flag}
+
+
+class Served(Message):
+    """Image to broker: the connected socket is now an NBD connection (nbd.h) to process `pid`."""
+
+    size_bytes: int
+    flags: int
+    pid: int
+    KIND: ClassVar = 18
+    CHECKS: ClassVar = {"size_bytes": number(512, 2**62), "flags": number(0, 0xFFFF), "pid": number(1, INT32_MAX)}
+
+
+class Connect(Message):
+    """Broker to storage: make a kernel block device of an NBD connection, which comes along; Done brings it open."""
+
+    size_bytes: int
+    flags: int
+    read_only: bool
+    KIND: ClassVar = 19
+    DESCRIPTORS: ClassVar = 1
+    CHECKS: ClassVar = {"size_bytes": number(512, 2**62), "flags": number(0, 0xFFFF), "read_only": flag}
+
+
+class Decrypt(Message):
+    """Broker to storage: put dm-crypt over a block device. Descriptors: that, and the key file; Done brings it open."""
+
+    name: str
+    cipher: str
+    key_size_bits: int
+    read_only: bool
+    KIND: ClassVar = 20
+    DESCRIPTORS: ClassVar = 2
+    CHECKS: ClassVar = {
+        "name": _NAME_TEXT,
+        "cipher": string(64, CIPHER),
+        "key_size_bits": number(64, 4096),
+        "read_only": flag,
+    }
+
+
 KINDS: Final[Mapping[int, type[Message]]] = {
-    message.KIND: message for message in (Hello, Init, Ask, Done, Failed, Progress, Job, Watch, Parsed, Outcome)
+    message.KIND: message
+    for message in (
+        *(Hello, Init, Ask, Done, Failed, Progress, Job, Watch, Parsed, Outcome),
+        *(Plug, Unplug, Rebridge, Created, Ready, Join, Serve, Served, Connect, Decrypt),
+    )
 }
 
 NO_DOMAIN: Final = Domain(-1, DomainState.ABSENT, Phase.NONE, -1, 0, 0, 0)

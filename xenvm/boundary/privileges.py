@@ -29,12 +29,17 @@ class Role(StrEnum):
     WATCHER = "watcher"
     PARSER = "parser"
     BUILDER = "builder"
+    HOTPLUG = "hotplug"
+    NETWORK = "network"
+    IMAGE = "image"
+    STORAGE = "storage"
 
 
 class Landlock(StrEnum):
     """What the Landlock ruleset of a process leaves it."""
 
     NOTHING = "nothing accessible"
+    READ_SYSTEM = "programs and libraries, to read and run"
     UNRESTRICTED = "not restricted"
 
 
@@ -49,12 +54,18 @@ XEN_IOCTLS: Final[frozenset[int]] = frozenset(
     {0x305000, 0x185003, 0x205004, 0x205007, 0x50FF, 0x84501, 0x44503, 0x44504},
 )
 
+# What asks for a device's size and encrypts it: BLKGETSIZE64 of linux/fs.h; DM_DEV_CREATE, DM_DEV_REMOVE,
+# DM_DEV_SUSPEND and DM_TABLE_LOAD of linux/dm-ioctl.h.
+STORAGE_IOCTLS: Final[frozenset[int]] = frozenset({0x80081272, 0xC138FD03, 0xC138FD04, 0xC138FD06, 0xC138FD09})
+
 
 class Row(Record):
     """Everything one role may hold or do.
 
     `user` None: stays root. `capabilities` is the permitted, effective and bounding set; inheritable and ambient are
-    always empty. `syscalls` None: all but KILL_LIST. `ioctls` are the requests with which ioctl is let through.
+    always empty. `syscalls` None: all but KILL_LIST. Those in `refused` fail with ENOSYS: calls of KILL_LIST that a
+    program of others only tries, which would end it otherwise, and further ones that it does not need. `ioctls` are the
+    requests with which ioctl is let through.
     `descriptors` are the fixed numbers, `extra_descriptors` the kinds that may be open besides. `limits` maps the name
     of a resource limit without its RLIMIT_ prefix to its value, soft and hard, in the unit setrlimit(2) gives it.
     `requests` are the operations the process answers.
@@ -73,6 +84,7 @@ class Row(Record):
     requests: tuple[str, ...]
     dies_with_parent: bool = True
     ioctls: frozenset[int] = DESCRIPTOR_IOCTLS
+    refused: frozenset[str] = frozenset()
 
 
 def _names(text: str) -> frozenset[str]:
@@ -175,7 +187,17 @@ _BUILDER_REQUESTS: Final = (
     "destroy",
     "console",
 )
-_BROKER_REQUESTS: Final = (*_BUILDER_REQUESTS, "start", "start-paused", "console-log", "read-config", "started", "quit")
+_HOTPLUG_REQUESTS: Final = ("devices", "plug", "unplug", "rebridge", "settle")
+_BROKER_REQUESTS: Final = (
+    *_BUILDER_REQUESTS,
+    *_HOTPLUG_REQUESTS,
+    "start",
+    "start-paused",
+    "console-log",
+    "read-config",
+    "started",
+    "quit",
+)
 
 
 def _frozen(pairs: dict[int, str]) -> Mapping[int, str]:
@@ -194,8 +216,12 @@ _ROWS: Final = (
         # SETUID, SETGID, SETPCAP: the children give up root with them. KILL: to end a child, also by its parent-death
         # signal, which the kernel checks against the dying parent.
         # DAC_READ_SEARCH: a kernel image may belong to anybody. Directories and /dev/xen belong to root.
+        # NET_ADMIN, SYS_ADMIN: passed on to the network and the storage worker, each of which keeps one of them.
         capabilities=frozenset(
-            {"CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_KILL", "CAP_DAC_READ_SEARCH"},
+            {
+                *("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_KILL", "CAP_DAC_READ_SEARCH"),
+                *("CAP_NET_ADMIN", "CAP_SYS_ADMIN"),
+            },
         ),
         no_new_privs=True,
         syscalls=None,
@@ -207,6 +233,8 @@ _ROWS: Final = (
         lifetime=MONITOR,
         requests=_BROKER_REQUESTS,
         dies_with_parent=False,
+        # The filter is inherited, and the stricter one counts: what serves an image only tries this one.
+        refused=frozenset({"io_uring_setup"}),
     ),
     Row(
         role=Role.SUPERVISOR,
@@ -243,8 +271,8 @@ _ROWS: Final = (
         no_new_privs=True,
         syscalls=_PARSER_SYSCALLS,
         landlock=Landlock.NOTHING,
-        # 3 the broker, 4 the config file
-        descriptors=_frozen({3: SOCKET, 4: FILE}),
+        # 3 the broker, 4 the config file, 5 the host's policy file (an empty one in memory when there is none)
+        descriptors=_frozen({3: SOCKET, 4: FILE, 5: FILE}),
         extra_descriptors=frozenset(),
         # A config file that needs more than this is an attack: 256 MiB of addresses, 30 seconds of processor.
         limits=_limits(NPROC=0, FSIZE=LOG_SIZE_LIMIT, NOFILE=32, AS=256 << 20, CPU=30),
@@ -276,6 +304,69 @@ _ROWS: Final = (
         lifetime=ONE_REQUEST,
         requests=_BUILDER_REQUESTS,
         ioctls=DESCRIPTOR_IOCTLS | XEN_IOCTLS,
+    ),
+    Row(
+        role=Role.HOTPLUG,
+        user="xenvm-hotplug",
+        capabilities=frozenset(),
+        no_new_privs=True,
+        syscalls=BASE_SYSCALLS,
+        landlock=Landlock.NOTHING,
+        # 3 the broker; xenstore is opened before the drop
+        descriptors=_frozen({3: SOCKET}),
+        extra_descriptors=frozenset({SOCKET}),
+        limits=_limits(NPROC=0, FSIZE=LOG_SIZE_LIMIT, NOFILE=32),
+        lifetime=ONE_REQUEST,
+        requests=_HOTPLUG_REQUESTS,
+    ),
+    Row(
+        role=Role.NETWORK,
+        user="xenvm-network",
+        capabilities=frozenset({"CAP_NET_ADMIN"}),
+        no_new_privs=True,
+        syscalls=BASE_SYSCALLS,
+        landlock=Landlock.NOTHING,
+        # 3 the broker; the socket to the kernel's network configuration is opened before the drop
+        descriptors=_frozen({3: SOCKET}),
+        extra_descriptors=frozenset({SOCKET}),
+        limits=_limits(NPROC=0, FSIZE=LOG_SIZE_LIMIT, NOFILE=32),
+        lifetime=ONE_REQUEST,
+        requests=("join",),
+    ),
+    Row(
+        role=Role.IMAGE,
+        user="xenvm-image",
+        capabilities=frozenset(),
+        no_new_privs=True,
+        # qemu-storage-daemon inherits this row: a program whose calls differ from release to release.
+        syscalls=None,
+        landlock=Landlock.READ_SYSTEM,
+        # 3 the broker; the image and the two sockets come with the request
+        descriptors=_frozen({3: SOCKET}),
+        extra_descriptors=frozenset({SOCKET, FILE, BLOCK, PIDFD, "anon_inode:seccomp notify"}),
+        # No FSIZE: an image may be as large as it likes. No NPROC: the daemon has threads.
+        limits=_limits(NOFILE=64),
+        lifetime=ONE_REQUEST,
+        requests=("serve",),
+        # QEMU tries io_uring and goes on without; what it serves comes in open sockets, so it needs to make none.
+        refused=_names("io_uring_setup socket connect bind"),
+    ),
+    Row(
+        role=Role.STORAGE,
+        user=None,
+        # SYS_ADMIN is what nbd and the device mapper ask for; their devices belong to root.
+        capabilities=frozenset({"CAP_SYS_ADMIN"}),
+        no_new_privs=True,
+        # openat for the device that was just made, socket for netlink; no program is run.
+        syscalls=BASE_SYSCALLS | {"openat", "socket"},
+        landlock=Landlock.UNRESTRICTED,
+        # 3 the broker; the socket of the image, or the device and the key file, come with the request
+        descriptors=_frozen({3: SOCKET}),
+        extra_descriptors=frozenset({SOCKET, FILE, BLOCK, "/dev/mapper/control"}),
+        limits=_limits(NPROC=0, FSIZE=LOG_SIZE_LIMIT, NOFILE=32),
+        lifetime=ONE_REQUEST,
+        requests=("connect", "decrypt"),
+        ioctls=DESCRIPTOR_IOCTLS | STORAGE_IOCTLS,
     ),
 )
 

@@ -15,9 +15,11 @@ import socket
 import time
 from collections import deque
 
+from xenvm.boundary.devices import Kind, NicGrant
 from xenvm.boundary.messages import (
     NO_DOMAIN,
     Ask,
+    Created,
     Domain,
     DomainState,
     Done,
@@ -27,16 +29,23 @@ from xenvm.boundary.messages import (
     Hello,
     Init,
     Job,
-    Message,
     Op,
     Phase,
+    Plug,
     Policy,
     Progress,
+    Ready,
+    Rebridge,
+    Unplug,
 )
 from xenvm.boundary.privileges import Role
-from xenvm.broker import host
+from xenvm.broker import findings, host, uevents
+from xenvm.broker.book import Book
 from xenvm.broker.children import Child
-from xenvm.broker.phases import PERMITS, REBUILDING, START_DEADLINE_S, VmPhase
+from xenvm.broker.phases import ON_DEVICES, PERMITS, REBUILDING, START_DEADLINE_S, WITH_ARGUMENTS, VmPhase
+from xenvm.broker.plugging import Plugging, Wanted
+from xenvm.broker.uevents import Uevents
+from xenvm.broker.work import Change, Work
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 
 TYPE_CHECKING = False
@@ -44,26 +53,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Final
 
+    from xenvm.boundary.checks import Message
+    from xenvm.boundary.messages import HostPolicy
     from xenvm.broker.actlog import ActLog
 
     Reload = Callable[[], tuple[Grants, Policy, dict[str, str]]]
+    Request = Plug | Unplug | Rebridge
 
 RESTARTS_PER_MINUTE: Final = 5
 WATCHER_PAUSE_S: Final = 1.0  # before it is started again, and twice as long each time: xenstored may be starting too
+SPARE_S: Final = 60.0  # how long a builder made ready after a command waits for the next one: they come in bursts
 LISTENER_THERE, WATCHER_THERE, SUPERVISOR_THERE = 4, 5, 4
 STARTUP_OPS: Final = {"started": Op.START, "paused": Op.START_PAUSED, "shutdown": Op.FIND}
-
-
-class _Work:
-    """The one running job: what was asked, who does it, until when."""
-
-    def __init__(self, sequence: int, op: Op, builder: Child, deadline_s: float) -> None:
-        self.sequence = sequence
-        self.op = op
-        self.builder = builder
-        self.deadline_s = deadline_s
-        self.end = time.monotonic() + deadline_s
-        self.result: Message | None = None
 
 
 class Broker:
@@ -74,8 +75,10 @@ class Broker:
         *,
         grants: Grants,
         policy: Policy,
+        host_policy: HostPolicy,
         fields: dict[str, str],
         config_file: str,
+        directory: str,
         listener: socket.socket,
         log: int,
         acts: ActLog,
@@ -89,8 +92,12 @@ class Broker:
         self._listener, self._log, self._acts = listener, log, acts
         self._reload, self._started = reload_config, started
         self._spare = spare
+        self._spare_until = 0.0  # when an unused one ends; 0: not by time
+        self._book = Book(host_policy)
+        self._uevents = Uevents(directory)
+        self._recheck = False  # udev has told of a removed device; looked at when no job runs, which may have done it
         self._phase, self._domid = VmPhase.UNKNOWN, -1
-        self._work: _Work | None = None
+        self._work: Work | None = None
         self._asked: dict[Op, deque[float]] = {op: deque() for op in PERMITS}
         self._restarts: dict[Role, deque[float]] = {Role.SUPERVISOR: deque(), Role.WATCHER: deque()}
         self._events_in, self._events_out = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -112,7 +119,7 @@ class Broker:
             while not self._quitting:
                 self._turn(wakeup)
         except XenvmError as error:
-            self._started(int(error.code), error.message)
+            self._started(int(error.code), error.message + (f"\nhint: {error.hint}" if error.hint else ""))
             why, code = error.message, int(error.code)
         else:
             why, code = "asked to", self._code
@@ -128,7 +135,9 @@ class Broker:
                 self._gone(lost)
         poll = select.poll()
         poll.register(wakeup, select.POLLIN)
-        children = [child for child in (self._supervisor, self._watcher, self._builder()) if child is not None]
+        if self._uevents.fileno() >= 0:
+            poll.register(self._uevents.fileno(), select.POLLIN)
+        children = [child for child in (self._supervisor, self._watcher) if child is not None] + self._workers()
         for child in children:
             poll.register(child.channel.fileno(), select.POLLIN)
             poll.register(child.pidfd, select.POLLIN)
@@ -142,15 +151,22 @@ class Broker:
             if child.pidfd in ready and child.ended():
                 self._drain(child)
                 self._gone(child)
+        if self._uevents.fileno() in ready:
+            self._recheck |= self._uevents.removed()
+        if self._recheck and not self._work:
+            self._settle()
         if self._work and time.monotonic() >= self._work.end:
-            self._work.builder.end()
             self._finish()
+        if self._spare and self._spare_until and time.monotonic() >= self._spare_until:
+            self._spare.end()
+            self._spare = None
         if self._watcher_due and time.monotonic() >= self._watcher_due:
             self._start_watcher()
 
     def _timeout_ms(self) -> float | None:
         due = [self._work.end] if self._work else []
         due += [self._watcher_due] if self._watcher_due else []
+        due += [self._spare_until] if self._spare and self._spare_until else []
         return max(0.0, (min(due) - time.monotonic()) * 1000) if due else None
 
     def _signalled(self, numbers: bytes) -> None:
@@ -163,17 +179,25 @@ class Broker:
         except XenvmError as error:
             self._acts.append("refused", op="read-config", why=error.message[:200])
 
-    def _builder(self) -> Child | None:
-        return self._work.builder if self._work else None
+    def _workers(self) -> list[Child]:
+        """Return the processes of the running job; one that has ended and is forgotten is not among them."""
+        if not self._work:
+            return []
+        more = self._work.plugging.children if self._work.plugging else []
+        return [child for child in (self._work.builder, *more) if child.pidfd >= 0]
 
     def _end_children(self) -> None:
         """End all children; the supervisor gets a moment to flush its last replies."""
         if self._supervisor:
             self._supervisor.channel.close()
             self._supervisor.end(grace_ms=2000)
-        for child in (self._watcher, self._builder(), self._spare):
+        for child in (self._watcher, self._spare):
             if child:
                 child.end()
+        if self._work:
+            self._work.stop()
+            self._work.close()
+        self._uevents.follow(-1)
 
     # Children
 
@@ -223,27 +247,45 @@ class Broker:
                 self._gone(child)
                 return
             message, descriptors = received
-            for descriptor in descriptors:  # a child has none to give
-                os.close(descriptor)
-            if isinstance(message, Hello) and child.greets(message):
-                self._acts.append("confined", role=message.role, pid=message.pid, proof=message.proof)
-            elif child is self._supervisor and isinstance(message, Ask):
-                self._answer(message)
-            elif self._work and child is self._work.builder and isinstance(message, Progress):
-                self._to_supervisor(Progress(self._work.sequence, message.step))
-            elif self._work and child is self._work.builder and isinstance(message, Done | Failed):
-                self._work.result = message
-                child.end(grace_ms=5000)
-                self._finish()
-            else:
-                self._acts.append("protocol", role=child.role.value, pid=child.pid, why="message out of place")
-                child.end()
-                self._gone(child)
+            try:
+                self._take(child, message, descriptors)
+            finally:
+                for descriptor in descriptors:  # those that were taken over are no longer in the list
+                    os.close(descriptor)
+
+    def _take(self, child: Child, message: Message, descriptors: list[int]) -> None:
+        """Act on one message of a child; one that is out of place ends it."""
+        work = self._work
+        if isinstance(message, Hello) and child.greets(message):
+            self._acts.append("confined", role=message.role, pid=message.pid, proof=message.proof)
+        elif child is self._supervisor and isinstance(message, Ask):
+            self._answer(message)
+        elif child is self._supervisor and isinstance(message, Plug | Unplug | Rebridge):
+            self._change(message, descriptors)
+        elif work and child is work.builder and isinstance(message, Progress):
+            self._to_supervisor(Progress(work.sequence, message.step))
+        elif work and child is work.builder and isinstance(message, Created) and not work.created:
+            self._created(work, message)
+        elif work and child is work.builder and isinstance(message, Done | Failed):
+            work.result = message
+            child.end(grace_ms=5000)
+            self._finish()
+        elif work and work.plugging and child in work.plugging.children:
+            handed, descriptors[:] = [*descriptors], []
+            self._plugged(work, lambda plugging: plugging.take(child, message, handed))
+        else:
+            self._acts.append("protocol", role=child.role.value, pid=child.pid, why="message out of place")
+            child.end()
+            self._gone(child)
 
     def _gone(self, child: Child) -> None:
         """Replace a child that has ended by itself, or finish its job."""
-        if self._work and child is self._work.builder:
+        work = self._work
+        if work and child is work.builder:
             self._finish()
+            return
+        if work and work.plugging and child in work.plugging.children:
+            self._plugged(work, lambda plugging: plugging.gone(child))
             return
         if child not in (self._supervisor, self._watcher):
             return
@@ -275,7 +317,7 @@ class Broker:
 
     def _answer(self, ask: Ask) -> None:
         try:
-            self._permit(ask)
+            self._permit(ask.op, plain=True)
             if ask.op is Op.STARTED:
                 self._started(ask.code, ask.text)
                 self._quitting, self._code = ask.code != 0, ask.code
@@ -294,22 +336,45 @@ class Broker:
             self._acts.append("refused", op=ask.op.value, why=error.message[:200])
             self._to_supervisor(_failed(ask.sequence, error, self._known()))
 
-    def _permit(self, ask: Ask) -> None:
-        permit = PERMITS.get(ask.op)
+    def _change(self, request: Request, descriptors: list[int]) -> None:
+        """Begin a change of the running guest's devices."""
+        op = {Plug: Op.PLUG, Unplug: Op.UNPLUG, Rebridge: Op.REBRIDGE}[type(request)]
+        timeout_s = self._grants.device_timeout_s
+        try:
+            self._permit(op)
+            if isinstance(request, Unplug):
+                change = Change(Wanted(), (request.kind, request.device), request.force, request.timeout_s)
+            elif isinstance(request, Plug):
+                change = Change(self._book.plug(request, self._grants, descriptors), timeout_s=timeout_s)
+            else:
+                nic = NicGrant(request.device, request.bridge, "00:00:00:00:00:00")
+                change = Change(Wanted((), (self._book.bridged(nic, self._grants),)), timeout_s=timeout_s)
+            self._begin(request.sequence, op, PERMITS[op].deadline_s + change.timeout_s, change)
+            if self._work:
+                self._work.held[:], descriptors[:] = descriptors, []
+        except XenvmError as error:
+            self._acts.append("refused", op=op.value, why=error.message[:200])
+            self._to_supervisor(_failed(request.sequence, error, self._known()))
+
+    def _permit(self, op: Op, *, plain: bool = False) -> None:
+        permit = PERMITS.get(op) if not plain or op not in WITH_ARGUMENTS else None
         if permit is None or self._phase not in permit.phases:
-            raise XenvmError(f"{ask.op} is not possible while the domain is {self._phase}", code=ExitCode.WRONG_STATE)
-        if not _allow(self._asked[ask.op], permit.per_minute):
-            raise XenvmError(f"{ask.op} was asked for more than {permit.per_minute} times a minute")
+            raise XenvmError(f"{op} is not possible while the domain is {self._phase}", code=ExitCode.WRONG_STATE)
+        if not _allow(self._asked[op], permit.per_minute):
+            raise XenvmError(f"{op} was asked for more than {permit.per_minute} times a minute")
         if self._work and permit.deadline_s:
-            if ask.op is not Op.DESTROY:
+            if self._work.op is Op.SETTLE and not self._work.sequence:
+                self._recheck = True  # of our own accord: it can wait, and is safe to stop anywhere
+            elif op is not Op.DESTROY:
                 raise XenvmError(f"the broker is busy with {self._work.op}", code=ExitCode.BUSY)
-            self._cancel("ended by destroy")
+            self._cancel(f"ended by {op}")
 
     def _cancel(self, why: str) -> None:
         work = self._work
         if work is None:
             return
-        work.builder.end()
+        work.stop()
+        work.close()
         self._acts.append("cancelled", op=work.op.value, pid=work.builder.pid)
         self._work = None
         self._to_supervisor(_failed(work.sequence, XenvmError(f"{work.op}: {why}"), self._known()))
@@ -334,50 +399,126 @@ class Broker:
 
     # Jobs
 
-    def _begin(self, sequence: int, op: Op, deadline_s: float) -> None:
-        images = host.open_images(self._grants) if op in REBUILDING else []
+    def _begin(self, sequence: int, op: Op, deadline_s: float, change: Change | None = None) -> None:
+        grants = self._grants
+        if op in REBUILDING:
+            change = Change(self._book.wanted(grants), timeout_s=grants.device_timeout_s)
+        change = change or Change()
+        images = host.open_images(grants) if op in REBUILDING else []
         try:
             self._acts.append("job", op=op.value, domid=self._domid)
-            builder, self._spare = self._spare, None
-            if builder is None or builder.ended():
-                builder = Child(Role.BUILDER, self._log, {}, self._grants.uuid)
-            work = _Work(sequence, op, builder, deadline_s)
-            self._work = work
+            plugging = None
+            if change.wanted.disks or change.wanted.vifs:
+                plugging = Plugging(grants.uuid, self._log, change.wanted, change.timeout_s)
+            work = self._work = Work(sequence, op, self._helper(op), deadline_s, change, plugging)
+            job = Job(
+                op,
+                grants.uuid,
+                self._domid,
+                grants,
+                plugging.planned if plugging else (),
+                change.wanted.vifs,
+                *(change.gone or (Kind.VBD, -1)),
+                change.force,
+                change.timeout_s,
+            )
             with contextlib.suppress(ProtocolError):  # it has ended already: what it said of that comes next
-                builder.channel.send(Job(op, self._grants.uuid, self._domid, self._grants), images)
+                work.builder.channel.send(job, images)
         finally:
             for descriptor in images:
                 os.close(descriptor)
 
+    def _helper(self, op: Op) -> Child:
+        """Return the process for a job: the builder that waits ready, or a fresh one."""
+        if op in ON_DEVICES:
+            return Child(Role.HOTPLUG, self._log, {}, self._grants.uuid)
+        builder, self._spare = self._spare, None
+        if builder is None or builder.ended():
+            builder = Child(Role.BUILDER, self._log, {}, self._grants.uuid)
+        return builder
+
+    def _created(self, work: Work, created: Created) -> None:
+        """Open and bridge what the job needs: the nodes for it are there, the domain before it is not any more."""
+        work.created = True
+        if work.op in REBUILDING:
+            self._book.seen(created.devices)
+            self._book.domain_gone(for_good=False)
+        self._plugged(work, lambda plugging: plugging.begin(created.domid))
+
+    def _plugged(self, work: Work, step: Callable[[Plugging], None]) -> None:
+        """Take a step of plugging; tell the helper when all is ready, or why it never will be."""
+        plugging = work.plugging
+        if plugging is None:
+            return
+        try:
+            step(plugging)
+            ready = plugging.ready
+            answer: Message | None = Ready(ready) if ready is not None else None
+        except XenvmError as error:
+            plugging.close(succeeded=False)
+            work.plugging = None
+            answer = _failed(0, error, NO_DOMAIN)
+        if answer:
+            with contextlib.suppress(ProtocolError):  # it has ended: its end is dealt with as such
+                work.builder.channel.send(answer)
+
     def _finish(self) -> None:
-        """Learn from a builder that has answered or is gone, tidy up behind it, tell the supervisor."""
+        """Learn from a helper that has answered or is gone, tidy up behind it, tell the supervisor."""
         work = self._work
         if work is None:
             return
         self._work = None
-        work.builder.end()
+        work.stop()
         if work.result is None:
             late = time.monotonic() >= work.end
-            why = f"no answer within {work.deadline_s:g} s" if late else f"its builder {work.builder.how()}"
+            why = f"no answer within {work.deadline_s:g} s" if late else f"its {work.builder.role} {work.builder.how()}"
             code = ExitCode.TIMED_OUT if late else ExitCode.FAILED
             message: Message = _failed(work.sequence, XenvmError(f"{work.op}: {why}", code=code), self._known())
         else:
             message = work.result
         self._acts.append("result", op=work.op.value, pid=work.builder.pid, result=type(message).__name__)
         if isinstance(message, Done):
-            self._learn(message.domain)
+            self._note_devices(work, message)
+            if work.op not in ON_DEVICES:
+                self._learn(message.domain)
+            work.close()
             self._pass_on(work, message)
-            return
-        if isinstance(message, Failed):
+        elif isinstance(message, Failed):
+            work.close()
             if work.op in REBUILDING:
-                self._phase, self._domid = VmPhase.ABSENT, -1
+                self._set_phase(VmPhase.ABSENT, -1)
                 if work.result is None:  # killed in the middle: what it had half done is removed before anybody hears
                     self._tidy_up()
             self._to_supervisor(Failed(work.sequence, message.fault, self._known()))
+            if work.op is Op.PLUG and work.result is None:
+                self._take_back(work.change.wanted)
+        if not self._work and not self._spare and work.op not in REBUILDING | ON_DEVICES | {Op.FIND, Op.DESTROY}:
+            self._spare = Child(Role.BUILDER, self._log, {}, "-")
+            self._spare_until = time.monotonic() + SPARE_S
 
-    def _pass_on(self, work: _Work, done: Done) -> None:
+    def _note_devices(self, work: Work, done: Done) -> None:
+        """Learn of devices from a job that has succeeded."""
+        if work.op is Op.PLUG:
+            self._book.added(work.change.wanted)
+        elif work.op is Op.UNPLUG and work.change.gone:
+            self._book.removed(*work.change.gone)
+        if work.op in REBUILDING | ON_DEVICES | {Op.FIND}:
+            self._book.seen(done.devices)
+        if done.domain.state is DomainState.ABSENT and work.op not in ON_DEVICES:
+            self._book.domain_gone(for_good=True)
+
+    def _take_back(self, wanted: Wanted) -> None:
+        """Remove a device whose hotplug worker died over it."""
+        place = (Kind.VBD, wanted.disks[0].device) if wanted.disks else (Kind.VIF, wanted.vifs[0].id)
+        self._begin(0, Op.UNPLUG, PERMITS[Op.UNPLUG].deadline_s, Change(gone=place, force=True, timeout_s=1))
+
+    def _pass_on(self, work: Work, done: Done) -> None:
         if work.op is not Op.CONSOLE:
-            self._to_supervisor(Done(work.sequence, done.domain, ""))
+            domain, text = (self._known(), done.text) if work.op in ON_DEVICES else (done.domain, "")
+            if work.op in (Op.DEVICES, Op.SETTLE):
+                disks = {device for kind, device in self._book.known if kind is Kind.VBD}
+                text = "\n".join([*findings.of_host(), *findings.of_vm(self._grants.uuid, disks)])
+            self._to_supervisor(Done(work.sequence, domain, text, done.devices))
             return
         try:
             self._hand_over(work.sequence, host.open_console(done.text))
@@ -386,9 +527,21 @@ class Broker:
 
     def _learn(self, domain: Domain) -> None:
         if domain.state is DomainState.ABSENT:
-            self._phase, self._domid = VmPhase.ABSENT, -1
+            self._set_phase(VmPhase.ABSENT, -1)
         elif domain.phase is Phase.BUILT:
-            self._phase, self._domid = VmPhase.BUILT, domain.domid
+            self._set_phase(VmPhase.BUILT, domain.domid)
+
+    def _set_phase(self, phase: VmPhase, domid: int) -> None:
+        self._phase, self._domid = phase, domid
+        self._uevents.follow(domid)
+
+    def _settle(self) -> None:
+        """Tidy up when the kernel has no longer what the domain is known to have: something else has removed it."""
+        self._recheck = False
+        if uevents.gone(self._book.known, self._domid) and _allow(
+            self._asked[Op.SETTLE], PERMITS[Op.SETTLE].per_minute
+        ):
+            self._begin(0, Op.SETTLE, PERMITS[Op.SETTLE].deadline_s)
 
     def _tidy_up(self) -> None:
         """Have what a dead builder left removed; a domain that was whole already stays.
@@ -404,6 +557,9 @@ class Broker:
                 if isinstance(received[0], Done | Failed):
                     self._acts.append("result", op="find", result=type(received[0]).__name__)
                     self._learn(received[0].domain)
+                    if isinstance(received[0], Done):
+                        self._book.seen(received[0].devices)
+                        self._book.domain_gone(for_good=received[0].domain.state is DomainState.ABSENT)
                     return
         except XenvmError as error:
             self._acts.append("result", op="find", result=error.message[:200])

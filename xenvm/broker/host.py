@@ -9,7 +9,7 @@ import os
 import socket
 import stat
 
-from xenvm.boundary.messages import ConfigIssue, Grants, Parsed
+from xenvm.boundary.messages import ConfigIssue, FileNeed, Grants, Parsed
 from xenvm.errors import BusyError, XenvmError
 
 TYPE_CHECKING = False
@@ -134,16 +134,25 @@ def open_images(grants: Grants) -> list[int]:
 
 def check_files(parsed: Parsed) -> list[ConfigIssue]:
     """Report the files of the config that cannot be opened, like every other error in it."""
-    issues = []
-    for key, path in (("kernel", parsed.kernel), ("initrd", parsed.initrd)):
-        if not path:
-            continue
-        try:
-            os.close(open_image(path))
-        except OSError as error:
-            line = parsed.lines.get(key, 0)
-            issues.append(ConfigIssue(line, f"{key} = {path}"[:1024], f"{key}: cannot open it: {error.strerror}", ""))
-    return issues
+    return [
+        ConfigIssue(need.line, "", f"{need.key}: {need.path[:800]}: {why}", "")
+        for need in parsed.files
+        if (why := _missing(need))
+    ]
+
+
+def _missing(need: FileNeed) -> str:
+    """Say what is wrong with a file that the config names, "" when nothing is."""
+    try:
+        if need.kind == "file":
+            os.close(open_image(need.path))
+            return ""
+        mode = os.stat(need.path).st_mode  # noqa: PTH116 - pathlib costs 5 ms at each start
+    except OSError as error:
+        return error.strerror or str(error)
+    if need.kind == "block" and not stat.S_ISBLK(mode):
+        return "not a block device; the type of a file is file or aio"
+    return "" if stat.S_ISBLK(mode) or stat.S_ISREG(mode) else "neither a block device nor a regular file"
 
 
 def open_console(path: str) -> int:

@@ -16,9 +16,10 @@ import sys
 from xenvm.boundary.confine import confine
 from xenvm.boundary.privileges import TABLE, Role
 from xenvm.broker.children import Child
+from xenvm.broker.policyfile import open_host_policy
 from xenvm.errors import XenvmError
 
-LAUNCHER, CONFIG = 3, 4
+LAUNCHER, CONFIG, HOST_POLICY = 3, 4, 5
 
 
 def main() -> int:
@@ -29,8 +30,10 @@ def main() -> int:
     proof = confine(
         TABLE[Role.BROKER], uid=None, gid=None, keep=frozenset({LAUNCHER, CONFIG} if background else {CONFIG})
     )
-    parser = Child(Role.PARSER, 2, {CONFIG: CONFIG}, config_file)
+    policy = open_host_policy()
+    parser = Child(Role.PARSER, 2, {CONFIG: CONFIG, HOST_POLICY: policy}, config_file)
     os.close(CONFIG)
+    os.close(policy)
     spare = Child(Role.BUILDER, 2, {}, "-")
     # Here and not above: the two start while this process imports what it needs itself.
     from xenvm.broker.service import Launcher, serve  # noqa: PLC0415

@@ -50,6 +50,11 @@ PERMITS: Final[Mapping[Op, Permit]] = MappingProxyType(
         Op.WITHDRAW: Permit(_BUILT, 120, 30),
         Op.FORCE_POWEROFF: Permit(_BUILT, 120, 30),
         Op.DESTROY: Permit(_ANY, 120, 180),
+        Op.DEVICES: Permit(_BUILT, 600, 30),
+        Op.PLUG: Permit(_BUILT, 600, 60),
+        Op.UNPLUG: Permit(_BUILT, 600, 30),
+        Op.REBRIDGE: Permit(_BUILT, 600, 30),
+        Op.SETTLE: Permit(_BUILT, 60, 60),
         Op.CONSOLE: Permit(_BUILT, 120, 30),
         Op.CONSOLE_LOG: Permit(_ANY, 120, 0),
         Op.READ_CONFIG: Permit(_ANY, 30, 0),
@@ -61,4 +66,10 @@ PERMITS: Final[Mapping[Op, Permit]] = MappingProxyType(
 
 START_DEADLINE_S: Final = 720.0
 REBUILDING: Final = frozenset({Op.START, Op.START_PAUSED, Op.BUILD, Op.BUILD_PAUSED, Op.REBUILD})
-"""What needs the kernel, and what leaves half a domain behind when its helper dies."""
+"""What needs kernel and devices, and what leaves half a domain behind when its helper dies."""
+
+ON_DEVICES: Final = frozenset({Op.DEVICES, Op.PLUG, Op.UNPLUG, Op.REBRIDGE, Op.SETTLE})
+"""What a hotplug worker does, beside a domain that runs."""
+
+WITH_ARGUMENTS: Final = frozenset({Op.PLUG, Op.UNPLUG, Op.REBRIDGE})
+"""What comes as a message of its own, never as a plain Ask."""

@@ -12,18 +12,18 @@ import sys
 from xenvm.boundary.frames import Channel
 from xenvm.boundary.messages import Grants, Outcome, Parsed, Policy
 from xenvm.boundary.privileges import Role
-from xenvm.broker import host
+from xenvm.broker import host, policyfile
 from xenvm.broker.actlog import ActLog
 from xenvm.broker.children import Child
 from xenvm.broker.core import Broker, signal_pipe
-from xenvm.errors import ConfigError, ExitCode, XenvmError
+from xenvm.errors import ConfigError, ExitCode, TimeoutExpiredError, XenvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
-LAUNCHER, CONFIG = 3, 4
-PARSE_WAIT_S: Final = 30.0
+LAUNCHER, CONFIG, HOST_POLICY = 3, 4, 5
+PARSE_WAIT_S: Final = 120.0  # half a second on an idle host; sixteen starts at once on one slow processor need more
 TEXT_LIMIT_BYTES: Final = 60000
 
 
@@ -72,7 +72,8 @@ def serve(
     `spare` is a builder that was started early, for the first job. Raise XenvmError when the monitor cannot start.
     """
     host.check_directory(directory)
-    grants, policy, fields, _given = _parsed(parser, config_file)
+    parsed = _parsed(parser, config_file)
+    grants = parsed.grants[0]
     launcher.uuid = grants.uuid
     with contextlib.ExitStack() as undo:
         lock = host.take_lock(directory, grants.uuid)
@@ -87,21 +88,25 @@ def serve(
         acts.append("sealed", grants=grants.as_body())
 
         def reload_config() -> tuple[Grants, Policy, dict[str, str]]:
-            descriptor = _open_config(config_file)
+            descriptors = {CONFIG: _open_config(config_file), HOST_POLICY: policyfile.open_host_policy()}
             try:
-                parser = Child(Role.PARSER, 2, {CONFIG: descriptor}, config_file)
+                parser = Child(Role.PARSER, 2, descriptors, config_file)
             finally:
-                os.close(descriptor)
-            new, new_policy, new_fields, new_given = _parsed(parser, config_file)
-            if new_given and new.uuid != grants.uuid:
+                for descriptor in descriptors.values():
+                    os.close(descriptor)
+            again = _parsed(parser, config_file)
+            new = again.grants[0]
+            if again.uuid_given and new.uuid != grants.uuid:
                 raise ConfigError(f"{config_file}: the uuid is now {new.uuid}; this monitor serves {grants.uuid}")
-            return new.but(uuid=grants.uuid), new_policy, new_fields
+            return new.but(uuid=grants.uuid), again.policy[0], again.fields
 
         broker = Broker(
             grants=grants,
-            policy=policy,
-            fields=fields,
+            policy=parsed.policy[0],
+            host_policy=parsed.host,
+            fields=parsed.fields,
             config_file=config_file,
+            directory=directory,
             listener=listener,
             log=log,
             acts=acts,
@@ -119,8 +124,11 @@ def _open_config(path: str) -> int:
         raise ConfigError(f"{path}: {error.strerror}") from error
 
 
-def _parsed(parser: Child, config_file: str) -> tuple[Grants, Policy, dict[str, str], bool]:
-    """Return what the parser makes of the file; raise ConfigError with every error in it, missing files included."""
+def _parsed(parser: Child, config_file: str) -> Parsed:
+    """Return what the parser makes of the file, with grants and policy; raise ConfigError with every error in it.
+
+    Missing files count as errors.
+    """
     try:
         while (received := parser.channel.receive(deadline_s=PARSE_WAIT_S)) is not None:
             parsed = received[0]
@@ -129,13 +137,17 @@ def _parsed(parser: Child, config_file: str) -> tuple[Grants, Policy, dict[str, 
         else:
             parser.end(grace_ms=1000)
             raise ConfigError(f"{config_file}: the parser {parser.how()} without an answer")
+    except TimeoutExpiredError:
+        raise TimeoutExpiredError(
+            f"{config_file}: the parser did not answer within {PARSE_WAIT_S:g} s", hint="is this host overloaded?"
+        ) from None
     finally:
         parser.end(grace_ms=1000)
     issues = sorted([*parsed.issues, *host.check_files(parsed)], key=lambda issue: issue.line)
     if issues or not parsed.grants or not parsed.policy:
         text = "\n".join(issue.show(config_file) for issue in issues)
         raise ConfigError(text or f"{config_file}: refused")
-    return parsed.grants[0], parsed.policy[0], parsed.fields, parsed.uuid_given
+    return parsed
 
 
 def _cut(text: str) -> str:

@@ -17,10 +17,11 @@ from xenvm import __version__
 from xenvm.boundary.privileges import TABLE, Landlock, Role, markdown_table
 from xenvm.boundary.spawn import command
 from xenvm.broker.host import LOG_DIRECTORY
+from xenvm.broker.plugging import RUN_DIRECTORY
 from xenvm.cli import live, render
 from xenvm.cli.acts import SUFFIX, read_acts, verify
 from xenvm.cli.client import NoMonitorError, is_uuid, socket_directory
-from xenvm.cli.compare import Expected, Line, lines
+from xenvm.cli.compare import Expected, Line, lines, server_lines
 from xenvm.errors import ExitCode, PermissionRefusedError, UsageError, XenvmError
 from xenvm.record import Record
 
@@ -42,6 +43,8 @@ usage: xenvm-audit [-v] [--json] UUID|PREFIX       compare the monitor's live pr
 
 The comparison needs root. Exit status: 0 everything fits, 1 something differs, 2 usage, 4 no monitor, 8 not root.
 """
+IMAGE_SERVER: Final = "/usr/bin/qemu-storage-daemon"
+"""What an image worker starts; a child of the monitor until that worker has ended, nobody's afterwards."""
 STARTING_S: Final = 5.0
 """How long a process may take from its start until it equals its row; a difference is looked at again until then."""
 AGAIN_S: Final = 0.2
@@ -145,6 +148,11 @@ def _missing(found: Sequence[Audited]) -> list[Line]:
 def judge(host: Host, uuid: str, process: Live, acts: Acts, inherited: int) -> Audited:
     """Compare one process with the row of the role it was started for; see `expected` for `inherited`."""
     role = live.role_of(process.arguments)
+    if inherited and process.program == IMAGE_SERVER:
+        row = TABLE[Role.IMAGE]
+        return Audited(
+            Role.IMAGE, process, tuple(server_lines(row, process, expected(host, uuid, row, acts, inherited)))
+        )
     if role is None or (role is Role.BROKER) != (not inherited):
         table = "a role of the table" if inherited else "broker"
         return Audited(None, process, (Line("role", table, " ".join(process.arguments), differs=True),))
@@ -159,7 +167,7 @@ def expected(host: Host, uuid: str, row: Row, acts: Acts, inherited: int) -> Exp
     `inherited` is the number of seccomp filters that the broker has, to which each child adds one; 0 for the broker.
     """
     uid, gid = host.identity(row.user)
-    tails = {Role.SUPERVISOR: {(uuid,)}, Role.WATCHER: {(uuid,)}, Role.BUILDER: {(uuid,), ("-",)}}.get(row.role)
+    tails = {Role.BUILDER: {(uuid,), ("-",)}, Role.BROKER: None, Role.PARSER: None}.get(row.role, {(uuid,)})
     confined = [p.landlock_abi for p in acts.proofs.values() if _landlocked(p)]
     own_log = f"{host.logs}/{uuid}.log"
     return Expected(
@@ -168,14 +176,15 @@ def expected(host: Host, uuid: str, row: Row, acts: Acts, inherited: int) -> Exp
         command=tuple(host.command(row.role)),
         tails=frozenset(tails) if tails else None,
         filters=inherited + 1,
-        landlock=max(confined, default=0) if row.landlock is Landlock.NOTHING else 0,
+        landlock=0 if row.landlock is Landlock.UNRESTRICTED else max(confined, default=0),
         logs=frozenset(os.path.realpath(log or own_log) for log in {*acts.logs, own_log}),
         acts=os.path.realpath(_acts_path(host, uuid)),
+        images=f"{RUN_DIRECTORY}/image-{uuid}-",
     )
 
 
 def _landlocked(proof: Proof) -> bool:
-    return proof.role in set(Role) and TABLE[Role(proof.role)].landlock is Landlock.NOTHING
+    return proof.role in set(Role) and TABLE[Role(proof.role)].landlock is not Landlock.UNRESTRICTED
 
 
 def _acts_path(host: Host, uuid: str) -> str:

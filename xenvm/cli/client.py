@@ -115,6 +115,8 @@ class Monitor:
         self._socket: _socket.socket | None = connected
         self._untrusted = bytearray()
         self._descriptor: int | None = None
+        self.handed: int | None = None
+        """A descriptor that the next request takes along, and closes."""
         self._last_id = 0
 
     @classmethod
@@ -168,6 +170,9 @@ class Monitor:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+        if self.handed is not None:
+            os.close(self.handed)
+            self.handed = None
 
     def fileno(self) -> int:
         """Return the descriptor to wait on for messages."""
@@ -212,11 +217,24 @@ class Monitor:
         connected = self._connected(method)
         connected.settimeout(self.reply_timeout_s)
         try:
-            connected.sendall(struct.pack(">I", len(body)) + body)
+            self._send_whole(connected, struct.pack(">I", len(body)) + body)
         except TimeoutError:
             raise self._expired(method, self.reply_timeout_s) from None
         except OSError as error:
             raise self._lost(method, error.strerror) from None
+
+    def _send_whole(self, connected: _socket.socket, frame: bytes) -> None:
+        """Send a frame; a descriptor that is to be handed over travels with its first byte, and is closed here then."""
+        handed, self.handed = self.handed, None
+        if handed is None:
+            connected.sendall(frame)
+            return
+        try:
+            rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("i", handed))
+            sent = connected.sendmsg([frame], [rights])
+            connected.sendall(frame[sent:])
+        finally:
+            os.close(handed)
 
     def receive(self, method: str, wait_s: float | None = None) -> bool:
         """Read once from the monitor, waiting at most `wait_s` seconds (None: for ever); False when it hung up.

@@ -280,6 +280,8 @@ def _call(monitor: Monitor, line: Line) -> ExitCode:
         if not isinstance(running, bool):
             raise ProtocolError(f"{line.command}: monitor {monitor.uuid} does not say whether the VM runs")
         code = ExitCode.DONE if running else ExitCode.NOT_RUNNING
+    if line.command == "doctor" and reply.data:
+        code = ExitCode.FAILED
     if line.as_json:
         render.out(render.json_line(reply.data))
     elif reply.text:
@@ -300,6 +302,10 @@ def run(line: Line) -> ExitCode:
     if not line.target:
         return _list(line) if line.command == "list" else _help(line)
     with Monitor.connect(find(line.target), reply_timeout_s=line.reply_timeout_s) as monitor:
+        if line.command in ("disk-add", "cd-insert"):
+            from xenvm.cli import handover  # noqa: PLC0415 - most commands do without
+
+            line.params, monitor.handed = handover.opened(line.command, line.params)
         special = {"events": _events, "console": _console, "console-log": _console}
         return special.get(line.command, _call)(monitor, line)
 

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 HYPERVISOR: Final = frozenset({PRIVCMD, "/dev/xen/hypercall"})
 """Total power over the host, whatever the table says: for a builder only."""
-STORE_ROLES: Final = frozenset({Role.WATCHER, Role.BUILDER})
+STORE_ROLES: Final = frozenset({Role.WATCHER, Role.BUILDER, Role.HOTPLUG})
+NETLINK_ROLES: Final = frozenset({Role.NETWORK, Role.STORAGE})
+"""Interfaces are changed, and network block devices made, through netlink(7)."""
+IMAGE_ROLES: Final = frozenset({Role.BROKER, Role.IMAGE, Role.STORAGE})
+"""Who has the connection to what serves an image, on its way to the kernel."""
 STORE_SOCKETS: Final = ("xenstored/socket", "xenstored/socket_ro")
 LANDLOCK_PROBE: Final = "open / under Landlock"  # what boundary.confine calls it
 
@@ -44,7 +48,8 @@ class Expected(Record):
 
     `command` is how it is started, `tails` what may follow that (None: anything). `filters` is how many seccomp
     filters it has at least, its ancestors' among them. `landlock` is the version that its proof must name. `logs` are
-    the paths of the monitor's log, `acts` that of its act log.
+    the paths of the monitor's log, `acts` that of its act log. `images` begins the names of the sockets that images
+    of the VM are served on.
     """
 
     uid: int
@@ -55,6 +60,7 @@ class Expected(Record):
     landlock: int
     logs: frozenset[str]
     acts: str
+    images: str
 
 
 def compare(row: Row, process: Live, proof: Proof | None, expected: Expected) -> list[Line]:
@@ -71,9 +77,15 @@ def lines(row: Row, process: Live, proof: Proof | None, expected: Expected) -> l
         *_seccomp(row, process, expected),
         *_limits(row, process),
         *_descriptors(row, process, expected),
-        *_sockets(row, process),
+        *_sockets(row, process, expected),
         *_proof(row, process, proof, expected),
     ]
+
+
+def server_lines(row: Row, process: Live, expected: Expected) -> list[Line]:
+    """Return the properties that a program which an image worker has started inherits from its row."""
+    identity = [line for line in _identity(row, process, expected) if line.name != "threads"]
+    return [*identity, *_capabilities(row, process), *_seccomp(row, process, expected), *_limits(row, process)]
 
 
 def _program(process: Live, expected: Expected) -> Line:
@@ -190,19 +202,23 @@ def _shown(process: Live, number: int, kind: str) -> str:
     return f"{number} {kind}" if target.startswith(kind) else f"{number} {kind} {target}"
 
 
-def _sockets(row: Row, process: Live) -> Iterator[Line]:
-    """Look whom a process talks to besides its family and its clients: xenstored at most."""
+def _sockets(row: Row, process: Live, expected: Expected) -> Iterator[Line]:
+    """Look whom a process talks to besides its family and its clients: the kernel or xenstored, as its role says."""
+    families = {"UNIX", "NETLINK"} if row.role in NETLINK_ROLES else {"UNIX"}
     foreign, clients, store = [], [], []
     for descriptor in process.descriptors:
         if descriptor.kind != SOCKET:
             continue
-        if not descriptor.protocol.startswith("UNIX"):
+        if descriptor.protocol.partition("-")[0] not in families:
             foreign.append(f"{descriptor.number} {descriptor.protocol}")
+        elif row.role in IMAGE_ROLES and descriptor.peer.startswith(expected.images):
+            continue
         elif is_store(descriptor.peer):
             store.append(f"{descriptor.number} {descriptor.peer}")
         elif descriptor.peer and not descriptor.name:
             clients.append(f"{descriptor.number} to {descriptor.peer}")
-    yield Line("socket families", "unix", ", ".join(foreign) or "unix", bool(foreign))
+    table = ", ".join(sorted(families, reverse=True)).lower()
+    yield Line("socket families", table, ", ".join(foreign) or table, bool(foreign))
     may = row.role in STORE_ROLES
     yield Line("xenstored", "may be connected" if may else "none", ", ".join(store) or "none", bool(store) and not may)
     yield Line("other servers", "none", ", ".join(clients) or "none", bool(clients))
@@ -230,7 +246,7 @@ def _proof(row: Row, process: Live, proof: Proof | None, expected: Expected) -> 
     )
     wrong = [name for name, claimed, is_so in claims if claimed != is_so]
     yield Line("proof", "agrees with the kernel", "differs in " + ", ".join(wrong) if wrong else "agrees", bool(wrong))
-    abi = expected.landlock if row.landlock is Landlock.NOTHING else 0
+    abi = expected.landlock if row.landlock is not Landlock.UNRESTRICTED else 0
     unproved = proof.landlock_abi > 0 and LANDLOCK_PROBE not in dict(proof.probes)
     shown = f"version {proof.landlock_abi}" + (", without its probe" if unproved else "")
     yield Line("Landlock", f"{row.landlock.value}: version {abi}", shown, unproved or proof.landlock_abi != abi)

@@ -31,7 +31,8 @@ monitor already. FILE is described in xenvm.cfg(5); xenvm-cmd(1) commands the mo
 """
 START_WAIT_S: Final = 1800.0  # every step of a start has a shorter deadline of its own
 PARSE_WAIT_S: Final = 30.0
-STATUS, CONFIG = 3, 4
+STATUS, CONFIG, HOST_POLICY = 3, 4, 5
+HOST_POLICY_FILE: Final = "/etc/xenvm/policy.toml"
 DEFAULT_DIRECTORY: Final = "/run/xenvm"
 
 
@@ -103,7 +104,12 @@ def _check(path: str, config: int) -> int:
     """Have the file parsed as for a start, and look whether the files it names can be opened."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        pid = spawn("parser", {0: config, 1: 2, 2: 2, STATUS: theirs.fileno(), CONFIG: config}, path)
+        try:
+            policy = os.open(HOST_POLICY_FILE, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            policy = os.memfd_create("policy", os.MFD_CLOEXEC)
+        inherited = {0: config, 1: 2, 2: 2, STATUS: theirs.fileno(), CONFIG: config, HOST_POLICY: policy}
+        pid = spawn("parser", inherited, path)
     from xenvm.boundary import messages  # noqa: PLC0415
     from xenvm.boundary.frames import Channel  # noqa: PLC0415 - while the parser starts
 
@@ -122,11 +128,12 @@ def _report(path: str, parsed: Parsed) -> int:
     from xenvm.boundary.messages import ConfigIssue  # noqa: PLC0415 - see above
     from xenvm.cli.render import plain  # noqa: PLC0415
 
-    issues = [*parsed.issues]
-    for key, image in (("kernel", parsed.kernel), ("initrd", parsed.initrd)):
-        if image and not os.access(image, os.R_OK):
-            text = f"{key} = {image}"[:1000]
-            issues.append(ConfigIssue(parsed.lines.get(key, 0), text, f"{key}: cannot read {image[:500]}", ""))
+    missing = [
+        ConfigIssue(need.line, "", f"{need.key}: cannot read {need.path[:500]}", "")
+        for need in parsed.files
+        if not os.access(need.path, os.R_OK) or os.path.isdir(need.path)  # noqa: PTH112 - pathlib costs 5 ms
+    ]
+    issues = [*parsed.issues, *missing]
     for issue in sorted(issues, key=lambda issue: issue.line):
         sys.stderr.write(plain(issue.show(path)) + "\n")
     if issues:

@@ -4,7 +4,7 @@
 from collections.abc import Callable, Hashable, Iterator
 from typing import Final
 
-from xenvm.config.devices import MAX_NIC_ID, UNNUMBERED
+from xenvm.config.devices import MAX_DISKS, MAX_NIC_ID, UNNUMBERED
 from xenvm.config.issue import Issue
 from xenvm.config.key import REQUIRED, Key
 from xenvm.config.keys import KEYS
@@ -193,6 +193,11 @@ def _nic_count(draft: Draft) -> Iterator[Issue]:
             yield entry.issue(f"no id is free: a guest has at most {MAX_NIC_ID + 1} network cards")
 
 
+def _disk_count(draft: Draft) -> Iterator[Issue]:
+    for entry in draft.sound("disks")[MAX_DISKS:]:
+        yield entry.issue(f"a guest has at most {MAX_DISKS} disks")
+
+
 def _derived_macs(draft: Draft) -> Iterator[Issue]:
     uuids = [entry.value for entry in draft.sound("uuid") if isinstance(entry.value, str)]
     nics = [(entry, entry.value) for entry in draft.sound("nics") if isinstance(entry.value, NicSpec)]
@@ -242,6 +247,7 @@ _RULES: Final = (
     _memory,
     _processors,
     _disk_targets,
+    _disk_count,
     _nic_count,
     _derived_macs,
     _twice("nics", "network card id {}", _nic_id),

@@ -21,8 +21,9 @@ DEVICE_KEYS: Final = (
         help="A virtual disk. PHYSPATH is the device or image (empty for a CD drive without a disc), PHYSTYPE phy, "
         "file, qcow, aio or vhd; VIRTPATH hda to hdd, sda to sdp, xvda and up, with a partition number if need be; "
         "MODE r or w; DEVTYPE disk or cdrom. Options encrypt phy, file and aio disks: `key-file` (path of the raw "
-        "key), `cipher` (aes-xts-plain), `key-size` (256 bits); `backend-domid` can only be 0. The letters of hd, sd "
-        "and xvd are the same disk to a Linux guest: use each letter once.",
+        "key), `cipher` (aes-xts-plain), `key-size` (256 bits); `share=true` lets others use the "
+        "same disk at the same time (a shared file system, or a disk that nobody writes); `backend-domid` can only be "
+        "0. The letters of hd, sd and xvd are the same disk to a Linux guest: use each letter once.",
         applied="a vbd; with hvm a drive of QEMU too",
     ),
     Key(

@@ -25,10 +25,11 @@ UNNUMBERED: Final = -1
 """The id of a card that gets its number once the whole file is read; no Config holds it."""
 
 MAX_NIC_ID: Final = 31
+MAX_DISKS: Final = 64
 NIC_MODELS: Final = ("rtl8139", "e1000", "e1000e", "ne2k_pci", "pcnet", "virtio-net-pci", "vmxnet3")
 
 _DISK_FORM: Final = "the form is PHYSPATH:PHYSTYPE:VIRTPATH:MODE:DEVTYPE[:KEY=VALUE...]"
-_DISK_OPTIONS: Final = ("cipher", "key-size", "key-file", "backend-domid")
+_DISK_OPTIONS: Final = ("cipher", "key-size", "key-file", "share", "backend-domid")
 _SNAPSHOTS: Final = (
     "temporary",
     "temporary-encrypted",
@@ -40,6 +41,7 @@ _SNAPSHOTS: Final = (
 _CRYPT_TYPES: Final = (DiskType.PHY, DiskType.FILE, DiskType.AIO)
 _CIPHER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_()-]{0,63}")
 
+_INTERFACE: Final = re.compile(r"[!-.0-9;-~]{1,15}")
 _NIC_OPTIONS: Final = ("id", "bridge", "mac", "model", "backend-domid")
 _MAC: Final = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.IGNORECASE)
 
@@ -109,20 +111,22 @@ def disk(text: str) -> DiskSpec:
         options = options[1:]
     elif options and options[0] in _SNAPSHOTS:
         raise ValueRefusedError(f"snapshot mode `{options[0]}` needs tools of XenClient", "leave the field out")
+    reasons = {"key-dir": "keys inside of VHD files need the storage tools of XenClient; use `key-file`"}
+    given = dict(_pairs(options, _DISK_OPTIONS, reasons))
+    _only_dom0(given.pop("backend-domid", "0"))
+    share = boolean(given.pop("share", "false"))
     return DiskSpec(
         path=physpath,
         type=kind,
         virtpath=virtpath,
         read_only=read_only,
         cdrom=cdrom,
-        crypt=_crypt(kind, options),
+        crypt=_crypt(kind, given),
+        share=share,
     )
 
 
-def _crypt(kind: DiskType, options: list[str]) -> CryptSpec | None:
-    reasons = {"key-dir": "keys inside of VHD files need the storage tools of XenClient; use `key-file`"}
-    given = dict(_pairs(options, _DISK_OPTIONS, reasons))
-    _only_dom0(given.pop("backend-domid", "0"))
+def _crypt(kind: DiskType, given: dict[str, str]) -> CryptSpec | None:
     if not given:
         return None
     if "key-file" not in given:
@@ -161,10 +165,10 @@ def nic(text: str) -> NicSpec:
 
 
 def _bridge(text: str) -> str:
-    # The rule of dev_valid_name() in Linux net/core/dev.c; IFNAMSIZ is 16 with the final NUL
-    if text in ("", ".", "..") or len(text.encode()) > 15 or any(c in "/:" or c.isspace() for c in text):
+    # The rule of dev_valid_name() in Linux net/core/dev.c, for the texts that xenstore takes; IFNAMSIZ is 16 with NUL
+    if text in ("", ".", "..") or not _INTERFACE.fullmatch(text):
         raise ValueRefusedError(
-            f"{quoted(text)} is no bridge name", "an interface name has 1 to 15 bytes, no `/` or `:`"
+            f"{quoted(text)} is no bridge name", "an interface name has 1 to 15 ASCII characters, no `/` or `:`"
         )
     return text
 

@@ -96,6 +96,7 @@ def _(disk: DiskSpec) -> str:
         parts += _options(
             [("cipher", crypt.cipher), ("key-size", crypt.key_size_bits), ("key-file", crypt.key_file)],
         )
+    parts += ["share=true"] if disk.share else []
     return ":".join(parts)
 
 

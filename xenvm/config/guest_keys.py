@@ -90,6 +90,17 @@ LIFE_KEYS: Final = (
         applied="the deadline of the commands `shutdown` and `restart`",
     ),
     Key(
+        name="device-timeout",
+        group=Group.LIFE,
+        field="device_timeout_s",
+        parse=integer(1, 86400, "seconds"),
+        value="seconds, 1 to 86400",
+        default=40,
+        help="How long disks and network cards may take to be opened and bridged when they are plugged, and a guest to "
+        "let go of one that is taken away. 40 seconds are what Xen's own tools give their hotplug scripts.",
+        applied="the deadlines of a start and of `disk-add`, `disk-del`, `nic-add` and `nic-del`",
+    ),
+    Key(
         name="debug",
         group=Group.LIFE,
         field="debug",

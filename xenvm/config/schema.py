@@ -34,6 +34,7 @@ class Config(Record, kw_only=True):
     on_reboot: Action
     on_crash: Action
     shutdown_timeout_s: int
+    device_timeout_s: int
     debug: bool
     output: str | None
     no_mem_check: bool

@@ -135,6 +135,16 @@ class Store:
             if not isinstance(error.__cause__, PyXSError) or error.__cause__.args[0] != errno.ENOENT:
                 raise
 
+    def names(self, path: str) -> list[str]:
+        """Return the names of a node's children; none when it does not exist."""
+        try:
+            children = self._client.list(path.encode("ascii"))
+        except _PYXS_ERRORS as error:
+            if error.args and error.args[0] == errno.ENOENT:
+                return []
+            raise _refused("list", path, error) from error
+        return [name.decode("ascii", "replace") for name in children if name]
+
     def remove_if_empty(self, path: str) -> None:
         """Remove a node that has no children; safe against others who add one just now."""
 

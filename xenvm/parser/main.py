@@ -1,56 +1,72 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The parser process: a config file on descriptor 4 becomes grants and policy, or a list of everything wrong in it.
 
-It has no privilege at all, not even to open a file: whether the kernel exists is checked by whoever asked. Started as
-`_start.py parser FILENAME`, the name being for messages only.
+Descriptor 5 is the host's policy file, empty when there is none. The process has no privilege at all, not even to open
+a file: whether the kernel exists is checked by whoever asked. Started as `_start.py parser FILENAME`, the name being
+for messages only.
 """
 
 from __future__ import annotations
 
 import difflib  # noqa: F401 - for suggestions; once confined, this process can load nothing more
+import itertools
 import json
 import os
 import sys
 import uuid as uuids
 
+from xenvm.boundary.devices import DiskGrant, NicGrant
 from xenvm.boundary.frames import BODY_LIMIT_BYTES, encode
-from xenvm.boundary.messages import Affinity, ConfigIssue, CpuidRule, Grants, Parsed, Policy
+from xenvm.boundary.messages import Affinity, ConfigIssue, CpuidRule, FileNeed, Grants, HostPolicy, Parsed, Policy
 from xenvm.boundary.privileges import Role
 from xenvm.config.dump import fields
 from xenvm.config.issue import visible
 from xenvm.config.parse import MAX_FILE_BYTES, ParseResult, parse_bytes
-from xenvm.errors import ProtocolError
+from xenvm.errors import ConfigError, ProtocolError
 from xenvm.helpers import serve
-from xenvm.model import DisplayKind, StartupKind
+from xenvm.model import DiskSpec, DisplayKind, StartupKind, Uuid
+from xenvm.parser.hostpolicy import NO_POLICY, host_policy, prepare
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from typing import Final
 
     from xenvm.config.schema import Config
 
-CONFIG: Final = 4
+CONFIG, HOST_POLICY = 4, 5
 ISSUES_LIMIT: Final = 200
 # Room for everything in the answer but the values of `get`, in bytes: grants repeat paths and the command line.
 FIELDS_LIMIT_BYTES: Final = BODY_LIMIT_BYTES // 2
 ISSUES_LIMIT_BYTES: Final = BODY_LIMIT_BYTES // 2
+FILES_LIMIT: Final = 200
+FILES_LIMIT_BYTES: Final = BODY_LIMIT_BYTES // 4  # of a file that is refused anyway; that of a good one names all
 MESSAGE_LIMIT_BYTES: Final = BODY_LIMIT_BYTES * 3 // 4  # the broker passes it on, together with the path of the file
 
 
 def main() -> int:
     """Parse one file; return the exit status."""
     broker = serve.broker_channel()
+    prepare(HOST_POLICY)
     broker.send(serve.drop(Role.PARSER, frozenset()))
-    untrusted_file = bytearray()
-    while len(untrusted_file) <= MAX_FILE_BYTES and (piece := os.read(CONFIG, 65536)):
-        untrusted_file += piece
     filename = sys.argv[2]
-    broker.send(answer(parse_bytes(bytes(untrusted_file), filename), str(uuids.uuid4())))
+    result = parse_bytes(_read(CONFIG), filename)
+    try:
+        host = host_policy(_read(HOST_POLICY))
+        broker.send(answer(result, str(uuids.uuid4()), host))
+    except ConfigError as error:
+        broker.send(_message(result, [ConfigIssue(0, "", error.message[:1000], error.hint)], "", NO_POLICY))
     return 0
 
 
-def answer(result: ParseResult, fresh_uuid: str) -> Parsed:
+def _read(descriptor: int) -> bytes:
+    content = bytearray()
+    while len(content) <= MAX_FILE_BYTES and (piece := os.read(descriptor, 65536)):
+        content += piece
+    return bytes(content)
+
+
+def answer(result: ParseResult, fresh_uuid: str, host: HostPolicy = NO_POLICY) -> Parsed:
     """Return what the broker needs of a parsed file; `fresh_uuid` serves when the file gives none."""
     issues = [ConfigIssue(i.line, visible(i.text)[:1000], i.message[:1000], i.hint[:1000]) for i in result.issues]
     config = result.config
@@ -59,9 +75,10 @@ def answer(result: ParseResult, fresh_uuid: str) -> Parsed:
     values = fields(config) if config is not None else {}
     if sum(map(len, values.values())) > FIELDS_LIMIT_BYTES:
         issues.append(ConfigIssue(0, "", f"the values add up to more than {FIELDS_LIMIT_BYTES} bytes", ""))
-    made = _message(result, issues, fresh_uuid)
+    made = _message(result, issues, fresh_uuid, host)
     if made.grants and not _fits(made):
-        made = _message(result, [ConfigIssue(0, "", "the file says more than a monitor can hold", "")], fresh_uuid)
+        issue = ConfigIssue(0, "", "the file says more than a monitor can hold", "")
+        made = _message(result, [issue], fresh_uuid, host)
     return made
 
 
@@ -84,25 +101,44 @@ def _first(issues: list[ConfigIssue]) -> list[ConfigIssue]:
     return issues[:kept] + ([ConfigIssue(0, "", f"and {left_out} more errors", "")] if left_out else [])
 
 
-def _message(result: ParseResult, issues: list[ConfigIssue], fresh_uuid: str) -> Parsed:
+def _message(result: ParseResult, issues: list[ConfigIssue], fresh_uuid: str, host: HostPolicy) -> Parsed:
     config = result.config
     good = config if config is not None and not issues else None
-    kernel, initrd = (_path(result, name) for name in ("kernel", "initrd"))
     return Parsed(
         issues=tuple(_first(issues)),
         grants=(_grants(good, fresh_uuid),) if good else (),
         policy=(_policy(good),) if good else (),
+        host=host,
         fields=fields(good) if good else {},
-        kernel=kernel,
-        initrd=initrd,
-        lines={name: result.lines.get(name, 0) for name in ("kernel", "initrd")},
+        files=tuple(_files(result) if good else _some(_files(result))),
         uuid_given=good is not None and good.uuid is not None,
     )
 
 
-def _path(result: ParseResult, name: str) -> str:
-    value = result.partial.get(name)
-    return value if isinstance(value, str) else ""
+def _some(files: Iterable[FileNeed]) -> Iterator[FileNeed]:
+    """Give as many of them as a frame holds beside the issues."""
+    size = 0
+    for need in itertools.islice(files, FILES_LIMIT):
+        size += len(json.dumps(need.as_body()))
+        if size > FILES_LIMIT_BYTES:
+            return
+        yield need
+
+
+def _files(result: ParseResult) -> Iterator[FileNeed]:
+    """Name the files that must be there, also when something else in the config is wrong."""
+    for key in ("kernel", "initrd"):
+        value = result.partial.get(key)
+        if isinstance(value, str) and value:
+            yield FileNeed(key, result.lines.get(key, 0), value, "file")
+    disks = result.partial.get("disks")
+    line = result.lines.get("disks", 0)
+    for disk in disks if isinstance(disks, tuple) else ():
+        if isinstance(disk, DiskSpec) and disk.path:
+            kind = {"phy": "block", "file": "either", "aio": "either"}.get(disk.type.value, "either")
+            yield FileNeed("disk", line, disk.path, kind)
+            if disk.crypt:
+                yield FileNeed("key-file", line, disk.crypt.key_file, "file")
 
 
 def _grants(config: Config, fresh_uuid: str) -> Grants:
@@ -128,6 +164,25 @@ def _grants(config: Config, fresh_uuid: str) -> Grants:
         affinity=tuple(Affinity(rule.vcpu, rule.cpus) for rule in config.cpus_affinity),
         debug=config.debug,
         output=config.output or "",
+        disks=tuple(_disk(disk) for disk in config.disks),
+        nics=tuple(NicGrant(nic.id, nic.bridge or "", nic.mac_for(Uuid(uuid))) for nic in config.nics),
+        device_timeout_s=config.device_timeout_s,
+    )
+
+
+def _disk(disk: DiskSpec) -> DiskGrant:
+    crypt = disk.crypt
+    return DiskGrant(
+        device=disk.device_number,
+        name=disk.virtpath,
+        type=disk.type.value,
+        path=disk.path,
+        read_only=disk.read_only,
+        cdrom=disk.cdrom,
+        share=disk.share,
+        cipher=crypt.cipher if crypt else "",
+        key_size_bits=crypt.key_size_bits if crypt else 0,
+        key_file=crypt.key_file if crypt else "",
     )
 
 
@@ -138,6 +193,7 @@ def _policy(config: Config) -> Policy:
         on_reboot=config.on_reboot.value,
         on_crash=config.on_crash.value,
         shutdown_timeout_s=config.shutdown_timeout_s,
+        device_timeout_s=config.device_timeout_s,
     )
 
 
@@ -145,8 +201,6 @@ def _not_yet(config: Config, result: ParseResult) -> Iterator[ConfigIssue]:
     """Name every key that is understood but that this version cannot act on: none is dropped without a word."""
     wanted = {
         "hvm": config.hvm,
-        "disks": bool(config.disks),
-        "nics": bool(config.nics),
         "pci": bool(config.pci),
         "display": not config.hvm and config.display.kind is not DisplayKind.NONE,
         "cores_per_socket": config.cores_per_socket is not None,
@@ -160,8 +214,6 @@ def _not_yet(config: Config, result: ParseResult) -> Iterator[ConfigIssue]:
 
 UNABLE: Final = {
     "hvm": "starts PV guests only",
-    "disks": "does not attach disks",
-    "nics": "does not attach network cards",
     "pci": "does not pass PCI devices through",
     "display": "gives PV guests no display",
     "cores_per_socket": "does not shape the processor topology",

@@ -41,6 +41,16 @@ COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
         "shutdown": Command(Event.SHUTDOWN, arguments=frozenset({"timeout", "force", "forced"})),
         "restart": Command(Event.RESTART, arguments=frozenset({"timeout", "force", "forced"})),
         "destroy": Command(Event.DESTROY),
+        "disk-list": Command(reading=True),
+        "disk-add": Command(arguments=frozenset({"device", "type", "path", "mode", "devtype", "share"})),
+        "disk-del": Command(arguments=frozenset({"device", "force", "timeout"})),
+        "cd-insert": Command(arguments=frozenset({"device", "type", "path"})),
+        "cd-eject": Command(arguments=frozenset({"device", "force", "timeout"})),
+        "nic-list": Command(reading=True),
+        "nic-add": Command(arguments=frozenset({"id", "bridge", "mac"})),
+        "nic-del": Command(arguments=frozenset({"id", "force", "timeout"})),
+        "nic-network-switch": Command(arguments=frozenset({"id", "bridge"})),
+        "doctor": Command(arguments=frozenset({"clean"})),
         "read-config": Command(arguments=frozenset({"path"})),
         "console": Command(),
         "console-log": Command(),
@@ -61,16 +71,13 @@ ALIASES: Final[Mapping[str, str]] = MappingProxyType(
 NOT_HERE: Final[Mapping[str, str]] = MappingProxyType(
     dict.fromkeys(("suspend", "restore", "checkpoint", "cancel"), "does not save or restore guests")
     | dict.fromkeys(
-        (
-            *("device", "disk-add", "disk-del", "disk-list", "nic-add", "nic-del", "nic-list", "nic-network-switch"),
-            *("set-nic-backend-dom", "pci-add", "pci-del", "pci-list"),
-        ),
-        "attaches no devices",
+        (*("device", "set-nic-backend-dom", "pci-add", "pci-del", "pci-list"),),
+        "passes no PCI devices through, and all backends run in dom0",
     )
     | dict.fromkeys(
         (
             *("s3suspend", "s4suspend", "s3resume", "trigger", "get-vnc", "vnc", "get-acpi-state", "get-stubdomid"),
-            *("cd-eject", "cd-insert", "cd-insert-file", "cd-insert-real"),
+            *("cd-insert-file", "cd-insert-real"),
         ),
         "starts PV guests only, and this command is for HVM guests",
     )

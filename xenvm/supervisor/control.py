@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Final
 
 LENGTH: Final = struct.Struct(">I")
+INT: Final = struct.Struct("@i")
 REQUEST_LIMIT_BYTES: Final = 64 * 1024
 OUTPUT_LIMIT_BYTES: Final = 1 << 20  # of a client that does not read, then it is dropped
 CLIENTS_LIMIT: Final = 128
@@ -73,6 +74,7 @@ class Client:
         self.closing = False  # to be closed once everything is sent
         self.begun_s = 0.0
         self._in = bytearray()
+        self._handed: list[int] = []
         self._out = bytearray()
         self._descriptor = -1
 
@@ -83,17 +85,43 @@ class Client:
     def read(self) -> bool:
         """Take what has arrived; return False when the peer has closed."""
         try:
-            received = self.socket.recv(REQUEST_LIMIT_BYTES, socket.MSG_DONTWAIT)
+            received, handed = self._receive()
         except BlockingIOError:
             return True
         except OSError:
             return False
+        if handed:  # the newest counts; a client that hands over more than it asks about loses them
+            self.drop_handed()
+            self._handed = handed
         if not self._in:
             self.begun_s = time.monotonic()
         self._in += received
         if len(self._in) > 2 * REQUEST_LIMIT_BYTES:
             return False
         return bool(received)
+
+    def _receive(self) -> tuple[bytes, list[int]]:
+        # Not socket.recv_fds: in Python 3.11 it drops its flags, and the descriptors would be inheritable.
+        received, ancillary, _flags, _ = self.socket.recvmsg(
+            REQUEST_LIMIT_BYTES, socket.CMSG_LEN(INT.size), socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+        )
+        handed = [
+            number
+            for level, kind, data in ancillary
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+            for (number,) in INT.iter_unpack(data[: len(data) // INT.size * INT.size])
+        ]
+        return received, handed
+
+    def take_handed(self) -> list[int]:
+        """Return the descriptor that came with the present request, if one did; it is the caller's to close."""
+        handed, self._handed = self._handed, []
+        return handed
+
+    def drop_handed(self) -> None:
+        """Close a descriptor that nobody asked for."""
+        for descriptor in self.take_handed():
+            os.close(descriptor)
 
     @property
     def partial(self) -> bool:
@@ -170,6 +198,7 @@ class Client:
     def close(self) -> None:
         """Close the connection."""
         self._drop_descriptor()
+        self.drop_handed()
         self.socket.close()
 
     def _drop_descriptor(self) -> None:

@@ -11,6 +11,7 @@ import select
 import time
 from collections import deque
 
+from xenvm.boundary.devices import Kind
 from xenvm.boundary.messages import (
     Ask,
     Domain,
@@ -21,6 +22,7 @@ from xenvm.boundary.messages import (
     Init,
     Op,
     Phase,
+    Plug,
     Progress,
     Watch,
 )
@@ -33,10 +35,10 @@ from xenvm.errors import (
     WrongStateError,
     XenvmError,
 )
-from xenvm.record import Record
-from xenvm.supervisor import commands
+from xenvm.supervisor import commands, devices
 from xenvm.supervisor.control import PARSE_ERROR, REQUEST_WAIT_S, Client, Request, Rights, accept
 from xenvm.supervisor.machine import Happening, Vm, seen, step
+from xenvm.supervisor.pending import Operation, Waiter
 from xenvm.supervisor.states import ALIVE, ENDED, STABLE, Event, State
 
 TYPE_CHECKING = False
@@ -61,27 +63,6 @@ GOALS: Final = {
 }
 
 
-class Operation:
-    """The one command that is changing the VM. `deadline_s` is when the guest has ignored a request; 0: never."""
-
-    __slots__ = ("client", "deadline_s", "force", "identifier", "name", "since_s")
-
-    def __init__(self, name: str, client: Client | None, identifier: object, since_s: float) -> None:
-        self.name, self.client, self.identifier, self.since_s = name, client, identifier, since_s
-        self.deadline_s = 0.0
-        self.force = False
-
-
-class Waiter(Record):
-    """A client that waits for a state."""
-
-    client: Client
-    identifier: object
-    state: State
-    timeout_s: float
-    end: float
-
-
 class Supervisor:
     """All state of one VM's unprivileged side."""
 
@@ -94,12 +75,15 @@ class Supervisor:
         first_op = {"started": Op.START, "paused": Op.START_PAUSED}.get(init.policy.startup, Op.FIND)
         self._asked: tuple[int, Op] | None = (0, first_op if init.first else Op.FIND)
         self._queue: deque[Op] = deque()
+        self._later: deque[tuple[Client, Request]] = deque()
         self._sequence = 0
         self._look_due = 0.0
         self._looked = 0.0
         self._step = ""
         self._clients: dict[int, Client] = {}
         self._handovers: dict[int, tuple[Client, object]] = {}
+        self._device_asks: dict[int, str] = {}
+        self._nics: frozenset[int] = frozenset()
         self._waiters: list[Waiter] = []
         self._rights = Rights(init.all_gid, init.read_gid)
         self._epoll = select.epoll()
@@ -196,17 +180,29 @@ class Supervisor:
             self._step = message.step
             self._publish("progress", {"step": message.step})
         elif isinstance(message, Done | Failed) and message.sequence in self._handovers:
+            if self._asked and self._asked[0] == message.sequence:
+                self._asked = None
             self._hand_over(message, descriptors)
+            self._go_on()
             return True
         elif isinstance(message, Done | Failed) and self._asked and message.sequence == self._asked[0]:
             op, self._asked, self._step = self._asked[1], None, ""
             self._outcome(op, message)
             self._serve_clients()
-            if self._queue and not self._asked:
-                self._ask(self._queue.popleft())
+            self._go_on()
         for descriptor in descriptors:  # whoever asked for it has gone
             os.close(descriptor)
         return True
+
+    def _go_on(self) -> None:
+        """Take what has waited until the broker was free: requests of our own first, then commands."""
+        if self._queue and not self._asked:
+            self._ask(self._queue.popleft())
+        while self._later and not self._asked:
+            client, request = self._later.popleft()
+            if client.fileno() >= 0:
+                self._try(client, request)
+                self._serve(client)
 
     def _outcome(self, op: Op, message: Done | Failed) -> None:
         now_s = time.monotonic()
@@ -341,17 +337,15 @@ class Supervisor:
     def _serve(self, client: Client) -> None:
         """Answer what a client has asked, one request after another, and let it go when it is done."""
         while client.fileno() >= 0 and not client.waiting and not client.closing:
-            request = None
             try:
                 request = client.next_request()
-                if request is None:
-                    break
-                client.waiting = True
-                self._command(client, request)
             except ProtocolError as error:
                 client.refuse(0, UsageError(error.message), PARSE_ERROR)
-            except XenvmError as error:
-                client.refuse(request.identifier if request else 0, error)
+                break
+            if request is None:
+                break
+            client.waiting = True
+            self._try(client, request)
         if client.fileno() < 0:
             return
         if not client.flush():
@@ -359,6 +353,15 @@ class Supervisor:
             return
         wanted = select.EPOLLIN | (select.EPOLLOUT if client.has_output else 0)
         self._epoll.modify(client.fileno(), wanted)
+
+    def _try(self, client: Client, request: Request) -> None:
+        """Do what one request asks, or answer why not; a descriptor that it brought is not kept for another one."""
+        try:
+            self._command(client, request)
+        except XenvmError as error:
+            client.refuse(request.identifier, error)
+        if not client.waiting:
+            client.drop_handed()
 
     def _drop(self, client: Client) -> None:
         """Forget a client; a command it has begun goes on."""
@@ -481,9 +484,38 @@ class Supervisor:
     def _do_console(self, client: Client, request: Request) -> None:
         if self._vm.state in ENDED or self._vm.domid < 0:
             raise WrongStateError(f"console: the VM is {self._vm.state}")
+        if not self._wait_for_broker("console", client, request):
+            self._ask_beside(Op.CONSOLE, client, request)
+
+    def _wait_for_broker(self, name: str, client: Client, request: Request) -> bool:
+        """Put a command off while the broker is at something short; raise BusyError when a user's command runs."""
+        if self._operation:
+            raise BusyError(f"{name}: busy with {self._operation.name}", hint="wait for it, or destroy")
         if self._asked:
-            raise BusyError(f"console: busy with {self._asked[1]}", hint="try again in a moment")
-        self._ask_beside(Op.CONSOLE, client, request)
+            self._later.append((client, request))
+        return self._asked is not None
+
+    def _do_device(self, client: Client, request: Request) -> None:
+        """Ask for a look at the devices or a change of them; whatever else is to be asked waits for the answer."""
+        name, params = commands.ALIASES.get(request.method, request.method), request.params
+        if self._vm.state not in ALIVE:
+            raise WrongStateError(f"{name}: the VM is {self._vm.state}")
+        if self._wait_for_broker(name, client, request):
+            return
+        sequence = self._sequence + 1
+        op, message = devices.request(name, sequence, params, self._init, self._nics)
+        handed = client.take_handed() if isinstance(message, Plug) and message.disks else []
+        if isinstance(message, Plug) and len(handed) != len(message.disks):
+            raise UsageError(f"{name}: the disk comes as an open descriptor", hint="xenvm-cmd opens it and sends it")
+        self._sequence = sequence
+        self._asked = (sequence, op)
+        self._handovers[sequence] = (client, request.identifier)
+        self._device_asks[sequence] = name
+        try:
+            self._broker.send(message, handed)
+        finally:
+            for descriptor in handed:
+                os.close(descriptor)
 
     def _do_console_log(self, client: Client, request: Request) -> None:
         self._ask_beside(Op.CONSOLE_LOG, client, request)
@@ -507,7 +539,14 @@ class Supervisor:
 
     def _hand_over(self, message: Done | Failed, descriptors: list[int]) -> None:
         client, identifier = self._handovers.pop(message.sequence)
-        if isinstance(message, Failed):
+        name = self._device_asks.pop(message.sequence, "")
+        if name and isinstance(message, Done):
+            self._nics = frozenset(state.device for state in message.devices if state.kind is Kind.VIF)
+            text, data = devices.answer(name, message)
+            if not name.endswith("list"):
+                self._publish("device", {"command": name, "devices": data})
+            client.reply(identifier, text, data)
+        elif isinstance(message, Failed):
             fault = message.fault
             client.refuse(identifier, XenvmError(fault.message, hint=fault.hint, code=ExitCode(fault.code)))
         else:
@@ -524,6 +563,7 @@ class Supervisor:
         "read-config": _do_read_config,
         "console": _do_console,
         "console-log": _do_console_log,
+        **dict.fromkeys(devices.COMMANDS, _do_device),
         "quit": _do_quit,
     }
 

@@ -11,8 +11,9 @@ import re
 import time
 from types import MappingProxyType
 
-from xenvm.boundary.messages import NO_DOMAIN, Domain, DomainState, Grants, Job, Op, Phase
+from xenvm.boundary.messages import NO_DOMAIN, Domain, DomainState, Done, Grants, Job, Op, Phase
 from xenvm.errors import BusyError, ExitCode, TimeoutExpiredError, WrongStateError, XenvmError
+from xenvm.helpers import devices
 from xenvm.helpers.builder import pv, tree
 from xenvm.helpers.builder.xen import SHUTDOWN_SUSPEND, Hypervisor
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Final
 
+    from xenvm.boundary.devices import DeviceState
+    from xenvm.helpers.exchange import Devices
     from xenvm.helpers.store import Store
 
 MAXMEM_SLACK_KIB: Final = 1024  # room for the start-of-day pages above the target, as xl gives
@@ -36,29 +39,34 @@ SHUTDOWN_WORDS: Final = MappingProxyType({Op.ASK_POWEROFF: "poweroff", Op.ASK_RE
 class Builder:
     """The open connections of one builder process, and its jobs."""
 
-    def __init__(self, xen: Hypervisor, store: Store, progress: Callable[[str], None]) -> None:
+    def __init__(self, xen: Hypervisor, store: Store, plugging: Devices, progress: Callable[[str], None]) -> None:
         self._xen = xen
         self._store = store
+        self._plugging = plugging
         self._progress = progress
+        self._seen: tuple[DeviceState, ...] = ()  # devices of which processes may be left that only the broker can end
 
-    def run(self, job: Job, images: list[int]) -> tuple[Domain, str]:
-        """Do the job; return the domain as it is then, and the text that only CONSOLE has."""
+    def run(self, job: Job, images: list[int]) -> Done:
+        """Do the job; return the domain as it is then, the text that only CONSOLE has, and the devices it came upon."""
+        if job.op is Op.CONSOLE:
+            return Done(0, self._ours(job), self._console(job.domid))
+        domain = self._act(job, images)
+        return Done(0, domain, "", self._seen)
+
+    def _act(self, job: Job, images: list[int]) -> Domain:
         if job.op is Op.FIND:
-            return self._find(job.uuid), ""
+            return self._find(job.uuid)
         if job.op in (Op.START, Op.START_PAUSED):
             found = self._find(job.uuid)
-            return (found if found.domid > 0 else self._build(job, images)), ""
+            return found if found.domid > 0 else self._build(job, images)
         if job.op in (Op.BUILD, Op.BUILD_PAUSED, Op.REBUILD):
-            return self._build(job, images), ""
+            return self._build(job, images)
         if job.op is Op.DESTROY:
             self._destroy(job.uuid)
-            return NO_DOMAIN, ""
-        if job.op is Op.QUERY:
-            return self._look(job), ""
-        if job.op is Op.CONSOLE:
-            return self._ours(job), self._console(job.domid)
-        self._ACTIONS[job.op](self, self._ours(job), job)
-        return self._look(job), ""
+            return NO_DOMAIN
+        if job.op is not Op.QUERY:
+            self._ACTIONS[job.op](self, self._ours(job), job)
+        return self._look(job)
 
     # Looking
 
@@ -84,6 +92,8 @@ class Builder:
                 hint="end it with the tool that made it, or give this VM another uuid",
             )
         if len(domains) == 1 and phase is Phase.BUILT and domains[0].state is not DomainState.DYING:
+            devices.settle(self._store, uuid, recorded)
+            self._seen = devices.look(self._store, uuid, recorded)
             return domains[0].but(phase=phase)
         self._progress("removing what an earlier monitor left")
         self._destroy(uuid)
@@ -109,6 +119,7 @@ class Builder:
         except BaseException:
             self._destroy(job.uuid)
             raise
+        self._seen = devices.look(self._store, job.uuid, domid)
         domain = self._xen.look(domid, job.uuid)
         return domain.but(phase=Phase.BUILT) if domain else NO_DOMAIN
 
@@ -119,6 +130,7 @@ class Builder:
         domid = xen.create_pv(job.uuid, grants.vcpus)
         tree.write_record(store, job.uuid, domid, Phase.BUILDING)
         tree.write_skeleton(store, domid, job.uuid, grants.name)
+        self._plugging.begin(domid, self._seen)
         xen.prepare_pv(domid, grants.vcpus, memory_kib=memory_kib + MAXMEM_SLACK_KIB, map_kib=max_kib)
         xen.apply_cpuid(domid, grants.cpuid)
         xen.pin(domid, grants.affinity)
@@ -151,6 +163,9 @@ class Builder:
             channels=channels,
         )
         store.introduce(domid, rings.store_frame, channels.store_port)
+        if job.vbds or job.vifs:
+            self._progress("connecting the devices")
+            self._plugging.finish(domid)
         tree.write_record(store, job.uuid, domid, Phase.BUILT)
         return domid
 
@@ -187,15 +202,18 @@ class Builder:
                 f"domain {domains[0].domid} has this uuid but was not built by xenvm: left alone",
                 hint="destroy it with the tool that made it",
             )
+        self._seen = self._seen or devices.look(self._store, uuid, recorded)
         if phase is not Phase.NONE:  # from here on it is no whole domain, should this process die
             tree.write_record(self._store, uuid, recorded, Phase.BUILDING)
         for domain in domains:
             if domain.state is DomainState.RUNNING:
                 self._xen.pause(domain.domid)
+            devices.remove_every(self._store, uuid, domain.domid)  # while it exists: else a backend may never let go
             tree.remove_domain(self._store, domain.domid)
             self._xen.destroy(domain.domid)
             self._await_end(domain.domid, uuid)
         if recorded > 0 and recorded not in [domain.domid for domain in domains] and not self._xen.exists(recorded):
+            devices.remove_every(self._store, uuid, recorded)
             tree.remove_domain(self._store, recorded)
         tree.remove_vm(self._store, uuid)
 

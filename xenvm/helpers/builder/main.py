@@ -7,10 +7,10 @@
 """
 
 from xenvm.boundary.frames import Channel
-from xenvm.boundary.messages import NO_DOMAIN, Done, Failed, Fault, Job, Progress
+from xenvm.boundary.messages import NO_DOMAIN, Failed, Fault, Job, Progress
 from xenvm.boundary.privileges import Role
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
-from xenvm.helpers import serve, store, xenstored
+from xenvm.helpers import exchange, serve, store, xenstored
 
 REQUEST_WAIT_S = 3600.0  # a builder may be started before it is needed; it ends with its broker
 
@@ -35,12 +35,13 @@ def main() -> int:
     job, images = received
     if not isinstance(job, Job):
         raise ProtocolError("a builder answers jobs only")
-    builder = Builder(xen, store.Store(connection), lambda step: channel.send(Progress(0, step)))
+    nodes = store.Store(connection)
+    plugging = exchange.Devices(channel, nodes, job)
+    builder = Builder(xen, nodes, plugging, lambda step: channel.send(Progress(0, step)))
     try:
-        domain, text = builder.run(job, images)
+        channel.send(builder.run(job, images))
     except XenvmError as error:
         return _fail(channel, error)
-    channel.send(Done(0, domain, text))
     return 0
 
 

@@ -8,8 +8,9 @@ the broker then starts another, whose first message (ARMED) makes the supervisor
 
 import select
 
+from xenvm.boundary.checks import Message
 from xenvm.boundary.frames import Channel
-from xenvm.boundary.messages import Message, Watch, WatchEvent
+from xenvm.boundary.messages import Watch, WatchEvent
 from xenvm.boundary.privileges import Role
 from xenvm.errors import TimeoutExpiredError
 from xenvm.helpers import serve, xenstored

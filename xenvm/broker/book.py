@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the broker remembers of a VM's devices beyond the grants: those added while it runs, and its image servers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from xenvm.boundary.devices import DiskGrant, Kind, NicGrant
+from xenvm.broker import bridges
+from xenvm.broker.plugging import Wanted
+from xenvm.broker.servers import end_server
+from xenvm.errors import ExitCode, UsageError, XenvmError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from xenvm.boundary.devices import DeviceState, Vif
+    from xenvm.boundary.messages import Grants, HostPolicy, Plug
+
+
+class Book:
+    """Devices of one VM. What was added by command comes back after a restart, as long as the same monitor lives."""
+
+    def __init__(self, policy: HostPolicy) -> None:
+        self._policy = policy
+        self._disks: dict[int, tuple[DiskGrant, int]] = {}
+        self._nics: dict[int, NicGrant] = {}
+        self._servers: dict[int, str] = {}
+        self.known: set[tuple[Kind, int]] = set()
+        """The devices that the domain was last seen to have."""
+
+    def wanted(self, grants: Grants) -> Wanted:
+        """Return what a new domain gets: the config's devices (without empty CD drives) and the added ones."""
+        added = tuple(grant for grant, _ in self._disks.values())
+        disks = tuple(grant for grant in grants.disks if grant.path and grant.device not in self._disks)
+        nics = tuple(nic for nic in grants.nics if nic.id not in self._nics)
+        vifs = bridges.choose((*nics, *self._nics.values()), self._policy.default_bridge)
+        return Wanted((*disks, *added), vifs, {device: held for device, (_, held) in self._disks.items()})
+
+    def plug(self, plug: Plug, grants: Grants, descriptors: list[int]) -> Wanted:
+        """Return what a request to add a device means; raise XenvmError when it may not be."""
+        if len(plug.disks) + len(plug.nics) != 1 or len(descriptors) != len(plug.disks):
+            raise UsageError("one device is added at a time, a disk with its descriptor")
+        if plug.disks:
+            if plug.disks[0].cipher:
+                raise UsageError("an encrypted disk cannot be added while the guest runs: put it into the config file")
+            return Wanted(plug.disks, (), {plug.disks[0].device: descriptors[0]})
+        return Wanted((), (self.bridged(plug.nics[0], grants),), {})
+
+    def bridged(self, nic: NicGrant, grants: Grants) -> Vif:
+        """Choose the bridge of a card that is added or moved: one that config or host policy names, or the only one."""
+        vif = bridges.choose((nic,), self._policy.default_bridge)[0]
+        there = bridges.bridges()
+        allowed = {nic.bridge for nic in grants.nics} | {*self._policy.bridges, self._policy.default_bridge}
+        allowed.update(there if len(there) == 1 else [])
+        if nic.bridge and nic.bridge not in allowed:
+            raise XenvmError(
+                f"network card {nic.id}: the bridge {nic.bridge} is not open to this VM",
+                hint="name it in a nic line of the config file, or under `bridges` in /etc/xenvm/policy.toml",
+                code=ExitCode.PERMISSION_REFUSED,
+            )
+        return vif
+
+    def added(self, wanted: Wanted) -> None:
+        """Keep what was added: an open descriptor, for the next incarnation of the domain."""
+        for grant in wanted.disks:
+            self.removed(Kind.VBD, grant.device)  # a disc that was in the drive before
+            self._disks[grant.device] = (grant, os.dup(wanted.handed[grant.device]))
+        for vif in wanted.vifs:
+            self._nics[vif.id] = NicGrant(vif.id, vif.bridge, vif.mac)
+
+    def removed(self, kind: Kind, device: int) -> None:
+        """Forget a device that was taken away, and end what served it."""
+        self._forget(kind, device)
+        if kind is Kind.VBD:
+            end_server(self._servers.pop(device, ""))
+
+    def seen(self, devices: tuple[DeviceState, ...]) -> None:
+        """Learn of the image servers of a domain that an earlier monitor made, or that has just been built."""
+        self.known = {(state.kind, state.device) for state in devices}
+        for state in devices:
+            if state.kind is Kind.VBD and state.server:
+                self._servers[state.device] = state.server
+
+    def domain_gone(self, *, for_good: bool) -> None:
+        """End the image servers of a domain that is gone; `for_good` forgets what was added too."""
+        for text in self._servers.values():
+            end_server(text)
+        self._servers.clear()
+        self.known = set()
+        if for_good:
+            for device in [*self._disks]:
+                self._forget(Kind.VBD, device)
+            self._nics.clear()
+
+    def _forget(self, kind: Kind, device: int) -> None:
+        if kind is Kind.VIF:
+            self._nics.pop(device, None)
+            return
+        _, held = self._disks.pop(device, (None, -1))
+        if held >= 0:
+            with contextlib.suppress(OSError):
+                os.close(held)

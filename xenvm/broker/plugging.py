@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The broker's part of plugging devices: disks are opened, step by step where workers are needed, cards are bridged.
+
+Each disk is a generator that yields the worker it waits for and is sent that worker's answer; what it returns is the
+open block device. Everything opened stays open until the backends have it, which the job's end says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from types import MappingProxyType
+
+from xenvm.boundary.devices import Vbd
+from xenvm.boundary.messages import Connect, Decrypt, Done, Failed, Join, Serve, Served
+from xenvm.boundary.privileges import Role
+from xenvm.broker import disks
+from xenvm.broker.children import Child
+from xenvm.broker.servers import end_server, server_text
+from xenvm.errors import ExitCode, ProtocolError, XenvmError
+from xenvm.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Generator, Mapping
+    from typing import Final
+
+    from xenvm.boundary.checks import Message
+    from xenvm.boundary.devices import DiskGrant, Vif
+
+    Answer = tuple[Message, list[int]]
+    Opening = Generator[Child, Answer, int]
+
+RUN_DIRECTORY: Final = "/run/xenvm"
+SOURCE_LIMIT: Final = 1000
+
+
+class Wanted(Record):
+    """Devices to plug; `handed` are open descriptors by disk, for those that are not opened by path."""
+
+    disks: tuple[DiskGrant, ...] = ()
+    vifs: tuple[Vif, ...] = ()
+    handed: Mapping[int, int] = MappingProxyType({})
+
+
+class Plugging:
+    """The devices of one job."""
+
+    def __init__(self, uuid: str, log: int, wanted: Wanted, timeout_s: int) -> None:
+        """Start the worker for the cards now: it makes itself ready while the domain is made."""
+        self._uuid, self._log, self._timeout_s = uuid, log, timeout_s
+        self._grants, vifs = wanted.disks, wanted.vifs
+        self._vifs = vifs
+        self._handed = {device: os.dup(descriptor) for device, descriptor in wanted.handed.items()}
+        self._network = Child(Role.NETWORK, log, {}, uuid) if vifs else None
+        self._waiting: dict[Child, tuple[DiskGrant, Opening]] = {}
+        self._opened: dict[int, int] = {}
+        self._servers: dict[int, str] = {}
+        self._begun = self._bridged = False
+
+    @property
+    def children(self) -> list[Child]:
+        """The workers that run now."""
+        return [*self._waiting, *([self._network] if self._network else [])]
+
+    @property
+    def planned(self) -> tuple[Vbd, ...]:
+        """The disks as far as they are known before they are open."""
+        return tuple(_vbd(grant, -1, "") for grant in self._grants)
+
+    @property
+    def ready(self) -> tuple[Vbd, ...] | None:
+        """The disks with their numbers once everything is open and bridged; None before."""
+        if not self._begun or self._waiting or (self._vifs and not self._bridged):
+            return None
+        return tuple(
+            _vbd(grant, os.fstat(self._opened[grant.device]).st_rdev, self._servers.get(grant.device, ""))
+            for grant in self._grants
+        )
+
+    def begin(self, domid: int) -> None:
+        """Open the disks, and have the cards of `domid` bridged; raise XenvmError for what fails at once."""
+        if self._begun:
+            raise ProtocolError("a job begins with its devices once")
+        self._begun = True
+        if self._network:
+            self._network.channel.send(Join(domid, self._vifs, self._timeout_s))
+        for grant in self._grants:
+            self._go_on(grant, self._open(grant, self._handed.pop(grant.device, -1)), None)
+
+    def take(self, child: Child, message: Message, descriptors: list[int]) -> None:
+        """Go on with what a worker has answered; its descriptors are taken over. Raise XenvmError when it failed."""
+        if child is self._network:
+            self._network = None
+            child.end(grace_ms=1000)
+            _refuse(message)
+            self._bridged = True
+            return
+        grant, opening = self._waiting.pop(child)
+        child.end(grace_ms=1000)
+        self._go_on(grant, opening, (message, descriptors))
+
+    def gone(self, child: Child) -> None:
+        """Learn that a worker has ended without an answer."""
+        child.end()
+        raise XenvmError(f"devices: the {child.role} worker {child.how()} without an answer")
+
+    def close(self, *, succeeded: bool) -> None:
+        """End the workers and close what is open; without success the image servers end too. Works twice."""
+        for child in self.children:
+            child.end()
+        for _grant, opening in self._waiting.values():
+            opening.close()
+        self._waiting.clear()
+        self._network = None
+        for descriptor in (*self._opened.values(), *self._handed.values()):
+            os.close(descriptor)
+        self._opened.clear()
+        self._handed.clear()
+        if not succeeded:
+            for text in self._servers.values():
+                end_server(text)
+        self._servers.clear()
+
+    def _go_on(self, grant: DiskGrant, opening: Opening, answer: Answer | None) -> None:
+        try:
+            child = opening.send(answer) if answer else next(opening)
+        except StopIteration as result:
+            self._opened[grant.device] = result.value
+        else:
+            self._waiting[child] = (grant, opening)
+
+    def _open(self, grant: DiskGrant, handed: int) -> Opening:
+        descriptor = disks.open_disk(grant, handed)
+        if grant.type in disks.IMAGE_FORMATS:
+            descriptor = yield from self._serve(grant, descriptor)
+        elif grant.type != "phy" and not _is_block(descriptor):
+            descriptor = disks.loop(grant, descriptor)
+        if grant.cipher:
+            descriptor = yield from self._decrypt(grant, descriptor)
+        return descriptor
+
+    def _serve(self, grant: DiskGrant, image: int) -> Opening:
+        """Have an image served by a process without privilege, and make a kernel block device of what it serves."""
+        listener, client = self._private_socket(grant.device)
+        try:
+            worker = Child(Role.IMAGE, self._log, {}, self._uuid)
+            worker.channel.send(Serve(grant.type, grant.read_only), (image, listener.fileno(), client.fileno()))
+            listener.close()
+            os.close(image)
+            served, _ = yield worker
+            _refuse(served, grant)
+            if not isinstance(served, Served):
+                raise ProtocolError("an image worker answered with something else")
+            self._servers[grant.device] = server_text(served.pid)
+            worker = Child(Role.STORAGE, self._log, {}, self._uuid)
+            worker.channel.send(Connect(served.size_bytes, served.flags, grant.read_only), (client.fileno(),))
+        finally:
+            client.close()
+        answer, descriptors = yield worker
+        _refuse(answer, grant)
+        return _only(descriptors)
+
+    def _private_socket(self, device: int) -> tuple[socket.socket, socket.socket]:
+        """Return a listening socket and one connected to it; its name has gone, so nobody else can connect."""
+        path = f"{RUN_DIRECTORY}/image-{self._uuid}-{device}"
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # noqa: PTH108
+        before = os.umask(0o177)  # only root may connect while the name is there
+        try:
+            listener.bind(path)
+        finally:
+            os.umask(before)
+        listener.listen(1)
+        client.connect(path)
+        os.unlink(path)  # noqa: PTH108
+        return listener, client
+
+    def _decrypt(self, grant: DiskGrant, device: int) -> Opening:
+        try:
+            try:
+                key = os.open(grant.key_file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+            except OSError as error:
+                raise XenvmError(f"disk {grant.name}: key-file {grant.key_file}: {error.strerror}") from error
+            try:
+                worker = Child(Role.STORAGE, self._log, {}, self._uuid)
+                name = f"xenvm-{self._uuid}-{grant.device}"
+                worker.channel.send(Decrypt(name, grant.cipher, grant.key_size_bits, grant.read_only), (device, key))
+            finally:
+                os.close(key)
+            answer, descriptors = yield worker
+            _refuse(answer, grant)
+            return _only(descriptors)
+        finally:
+            os.close(device)
+
+
+def _refuse(message: Message, grant: DiskGrant | None = None) -> None:
+    if isinstance(message, Failed):
+        label = f"disk {grant.name}: {grant.path}: " if grant else ""
+        fault = message.fault
+        raise XenvmError(label + fault.message, hint=fault.hint, code=ExitCode(fault.code))
+    if not isinstance(message, Done | Served):
+        raise ProtocolError("a worker answered with something else")
+
+
+def _only(descriptors: list[int]) -> int:
+    if len(descriptors) != 1 or not _is_block(descriptors[0]):
+        raise ProtocolError("a storage worker did not hand over a block device")
+    return descriptors[0]
+
+
+def _is_block(descriptor: int) -> bool:
+    return os.fstat(descriptor).st_mode & 0o170000 == 0o060000  # S_ISBLK, inode(7)
+
+
+def _vbd(grant: DiskGrant, number: int, server: str) -> Vbd:
+    """Return what a helper learns of a disk; a path with unprintable characters is shown with question marks."""
+    source = f"{grant.type}:{grant.path}".encode("ascii", "replace").decode("ascii")[:SOURCE_LIMIT]
+    source = "".join(letter if letter.isprintable() else "?" for letter in source)
+    major, minor = (os.major(number), os.minor(number)) if number >= 0 else (-1, -1)
+    return Vbd(grant.device, grant.name, grant.read_only, grant.cdrom, grant.share, source, major, minor, server)

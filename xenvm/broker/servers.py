@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Processes that serve images to a domain and outlive the monitor: known by pid and start time, ended with the disk."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import select
+import signal
+
+from xenvm.boundary.privileges import TABLE, Role
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
+END_WAIT_MS: Final = 3000
+
+
+def server_text(pid: int) -> str:
+    """Return pid and start time of a process of ours (the form of Vbd.server), "" when there is none such."""
+    try:
+        descriptor = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        if os.fstat(descriptor).st_uid != pwd.getpwnam(TABLE[Role.IMAGE].user or "").pw_uid:
+            return ""
+        stat = os.open("stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=descriptor)
+        try:
+            fields = os.read(stat, 4096).rpartition(b")")[2].split()
+        finally:
+            os.close(stat)
+        return f"{pid} {int(fields[19])}"  # starttime, the 22nd field of proc(5)
+    except (OSError, KeyError, IndexError, ValueError):
+        return ""
+    finally:
+        os.close(descriptor)
+
+
+def end_server(text: str) -> None:
+    """End the server of this text if it still is that process: it flushes at the first request. Works twice."""
+    if not text:
+        return
+    pid = int(text.split()[0])
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return
+    try:
+        if server_text(pid) != text:  # looked at after the pidfd is there: it cannot change any more
+            return
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            signal.pidfd_send_signal(pidfd, number)
+            if poll.poll(END_WAIT_MS):
+                return
+    except ProcessLookupError:
+        return
+    finally:
+        os.close(pidfd)

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The talk of a helper with its broker about one job that plugs devices.
+
+The helper makes the nodes and says so; the broker meanwhile opens disks and has interfaces bridged, and says when; the
+helper then lets the backends go on.
+"""
+
+from __future__ import annotations
+
+from xenvm.boundary.messages import Created, Failed, Ready
+from xenvm.errors import ExitCode, ProtocolError, TimeoutExpiredError, XenvmError
+from xenvm.helpers import devices
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from xenvm.boundary.devices import DeviceState, Vbd
+    from xenvm.boundary.frames import Channel
+    from xenvm.boundary.messages import Job
+    from xenvm.helpers.store import Store
+
+
+class Devices:
+    """The devices of one job."""
+
+    def __init__(self, channel: Channel, store: Store, job: Job) -> None:
+        self._channel, self._store, self._job = channel, store, job
+
+    def begin(self, domid: int, earlier: tuple[DeviceState, ...] = ()) -> None:
+        """Make the nodes for `domid`, and let the broker begin with its part.
+
+        `earlier` are the devices of a domain that was before, which processes outside may still serve.
+        """
+        if self._job.vbds or self._job.vifs:
+            devices.write(self._store, self._job.uuid, domid, self._job.vbds, self._job.vifs)
+            self.announce(domid, earlier)
+
+    def announce(self, domid: int, earlier: tuple[DeviceState, ...] = ()) -> None:
+        """Tell the broker that the devices of `domid` are there for its part."""
+        self._channel.send(Created(domid, earlier))
+
+    def finish(self, domid: int) -> None:
+        """Wait for the broker's part, then give the backends what they wait for; the guest may run after that."""
+        if self._job.vbds or self._job.vifs:
+            devices.connect(self._store, self._job.uuid, domid, self.wait(), self._job.vifs)
+
+    def wait(self) -> tuple[Vbd, ...]:
+        """Wait for the broker's part and return the disks with their numbers; raise XenvmError with its reason."""
+        try:
+            received = self._channel.receive(deadline_s=self._job.timeout_s)
+        except TimeoutExpiredError:
+            names = ", ".join(f"{kind} {device}" for kind, device in devices.places(self._job.vbds, self._job.vifs))
+            raise TimeoutExpiredError(
+                f"{names}: disks were not opened or interfaces not bridged within {self._job.timeout_s} s",
+                hint="the key device-timeout gives them more time; the monitor's log says what they wait for",
+            ) from None
+        message = received[0] if received else None
+        if isinstance(message, Failed):
+            fault = message.fault
+            raise XenvmError(fault.message, hint=fault.hint, code=ExitCode(fault.code))
+        if not isinstance(message, Ready):
+            raise ProtocolError("the broker did not say whether the devices are ready")
+        return message.vbds

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The network process: puts the backend interfaces of one domain into their bridges. It knows nothing of xenstore.
+
+1. open a socket for interface requests (as root);
+2. become user xenvm-network, which keeps NET_ADMIN alone;
+3. read one Join, wait for the interfaces, join them, answer, exit.
+"""
+
+import socket
+import time
+
+from xenvm.boundary.devices import Vif
+from xenvm.boundary.messages import NO_DOMAIN, Done, Failed, Fault, Join
+from xenvm.boundary.privileges import Role
+from xenvm.errors import ExitCode, ProtocolError, TimeoutExpiredError, XenvmError
+from xenvm.helpers import serve
+from xenvm.helpers.network import link
+
+REQUEST_WAIT_S = 900.0  # it is started with the build of the domain whose interfaces it waits for
+KERNEL_WAIT_S = 5.0
+POLL_S = 0.01
+# The dom0 side of every card: the highest address, so that a bridge never takes it for its own (Xen's vif-bridge).
+BACKEND_MAC = bytes.fromhex("feffffffffff")
+
+
+def main() -> int:
+    """Run one network worker; return its exit status."""
+    channel = serve.broker_channel()
+    route = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    try:
+        channel.send(serve.drop(Role.NETWORK, frozenset({route.fileno()})))
+        received = channel.receive(deadline_s=REQUEST_WAIT_S)
+        if received is None:
+            return 0
+        message = received[0]
+        if not isinstance(message, Join):
+            raise ProtocolError("a network worker joins interfaces only")
+        route.settimeout(KERNEL_WAIT_S)
+        end = time.monotonic() + message.timeout_s
+        for vif in message.vifs:
+            _join(route, message.domid, vif, end, message.timeout_s)
+        channel.send(Done(0, NO_DOMAIN, ""))
+    except XenvmError as error:
+        channel.send(Failed(0, Fault(int(error.code), error.message[:4000], error.hint[:1000]), NO_DOMAIN))
+        return int(ExitCode.FAILED)
+    return 0
+
+
+def _join(route: socket.socket, domid: int, vif: Vif, end: float, patience_s: float) -> None:
+    """Put one card's interface into its bridge, out of another one if need be; safe to do again."""
+    name = f"vif{domid}.{vif.id}"
+    try:
+        while (port := link.find(route, name)) is None:
+            if time.monotonic() >= end:
+                raise TimeoutExpiredError(
+                    f"network card {vif.id}: the kernel made no interface {name} within {patience_s:g} s",
+                    hint="is the module xen-netback loaded in dom0? see its kernel log (dmesg)",
+                )
+            time.sleep(POLL_S)
+        bridge = link.find(route, vif.bridge)
+        if bridge is None or bridge.kind != "bridge":
+            raise XenvmError(
+                f"network card {vif.id}: {vif.bridge} is no bridge", hint=f"ip link add {vif.bridge} type bridge"
+            )
+        link.join(route, port, bridge, BACKEND_MAC)
+    except OSError as error:
+        raise XenvmError(
+            f"network card {vif.id}: {name} cannot join {vif.bridge}: {error.strerror or error}"
+        ) from error

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The storage process: makes one kernel block device, of an NBD connection or by encryption, and hands it over open.
+
+It stays root, whom the devices belong to, with the capability SYS_ADMIN, which the kernel asks for; it starts nothing.
+What it made lives exactly as long as something has it open.
+"""
+
+from __future__ import annotations
+
+import os
+
+from xenvm.boundary.messages import NO_DOMAIN, Connect, Decrypt, Done, Failed, Fault
+from xenvm.boundary.privileges import Role
+from xenvm.errors import ExitCode, ProtocolError, XenvmError
+from xenvm.helpers import serve
+from xenvm.helpers.storage import crypt, nbd
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from xenvm.boundary.checks import Message
+
+REQUEST_WAIT_S = 900.0  # it may be started before it is needed; it ends with its broker
+
+
+def main() -> int:
+    """Run one storage worker; return its exit status."""
+    channel = serve.broker_channel()
+    try:
+        channel.send(serve.drop(Role.STORAGE, frozenset()))
+        received = channel.receive(deadline_s=REQUEST_WAIT_S)
+        if received is None:
+            return 0
+        device, path = _make(*received)
+        channel.send(Done(0, NO_DOMAIN, path), [device])
+    except XenvmError as error:
+        channel.send(Failed(0, Fault(int(error.code), error.message[:4000], error.hint[:1000]), NO_DOMAIN))
+        return int(ExitCode.FAILED)
+    os.close(device)
+    return 0
+
+
+def _make(message: Message, descriptors: list[int]) -> tuple[int, str]:
+    if isinstance(message, Connect) and len(descriptors) == Connect.DESCRIPTORS:
+        kernel = nbd.Kernel()
+        return kernel.connect(descriptors[0], message.size_bytes, message.flags, read_only=message.read_only)
+    if isinstance(message, Decrypt) and len(descriptors) == Decrypt.DESCRIPTORS:
+        return crypt.open_mapping(message, descriptors[0], descriptors[1])
+    raise ProtocolError("a storage worker connects or decrypts one device")

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The commands about disks and network cards: from their parameters to requests, and from states to words. Pure."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from xenvm.boundary.devices import BRIDGE, MAC, NICS_LIMIT, DeviceState, DiskGrant, Kind, NicGrant
+from xenvm.boundary.messages import Ask, Done, Init, Op, Plug, Rebridge, Unplug
+from xenvm.errors import UsageError, WrongStateError
+from xenvm.model import Uuid, derived_mac, virtual_device_number
+from xenvm.supervisor.commands import boolean, seconds
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from typing import Final
+
+    Params = Mapping[str, str]
+
+STATES: Final[Mapping[int, str]] = MappingProxyType(  # enum xenbus_state, xen/io/xenbus.h
+    {
+        -1: "none",
+        0: "unknown",
+        1: "initialising",
+        2: "waiting for the guest",
+        3: "initialised",
+        4: "connected",
+        5: "closing",
+        6: "closed",
+        7: "reconfiguring",
+        8: "reconfigured",
+    }
+)
+UNFINISHED: Final = frozenset({-1, 0, 1})  # a device that waits for its guest, or that closes, is whole
+DISK_TYPES: Final = ("phy", "file", "aio", "qcow", "vhd")
+
+
+COMMANDS: Final = (
+    *("disk-list", "disk-add", "disk-del", "cd-insert", "cd-eject"),
+    *("nic-list", "nic-add", "nic-del", "nic-network-switch"),
+    "doctor",
+)
+
+
+def request(
+    name: str, sequence: int, params: Params, init: Init, taken: Iterable[int]
+) -> tuple[Op, Ask | Plug | Unplug | Rebridge]:
+    """Return what to ask of the broker for a command; raise UsageError when its parameters are off."""
+    if name in ("disk-list", "nic-list"):
+        return Op.DEVICES, Ask(sequence, Op.DEVICES, "", 0)
+    if name == "doctor":
+        op = Op.SETTLE if boolean(params, "clean") else Op.DEVICES
+        return op, Ask(sequence, op, "", 0)
+    if name in ("disk-add", "cd-insert"):
+        return Op.PLUG, disk_add(sequence, params, cdrom=name == "cd-insert")
+    if name == "nic-add":
+        return Op.PLUG, nic_add(sequence, params, init.uuid, taken)
+    if name == "nic-network-switch":
+        return Op.REBRIDGE, switch(sequence, params)
+    kind = Kind.VIF if name == "nic-del" else Kind.VBD
+    return Op.UNPLUG, unplug(sequence, kind, params, init.policy.device_timeout_s)
+
+
+def answer(name: str, done: Done) -> tuple[str, object]:
+    """Return what a command says when it is done: the devices, one word, or what is not as it should be."""
+    if name == "doctor":
+        found = [
+            f"{state.kind} {state.name}: its backend is {STATES[state.backend]}; doctor clean=true removes it"
+            for state in done.devices
+            if state.backend in UNFINISHED
+        ]
+        found += done.text.splitlines()
+        return "\n".join(found), found
+    text, data = shown(done.devices, Kind.VIF if name.startswith("nic") else Kind.VBD)
+    return (text if name.endswith("list") else done.text), data
+
+
+def disk_add(sequence: int, params: Params, *, cdrom: bool = False) -> Plug:
+    """Return the request for a disk that comes with a descriptor."""
+    name = _needed("disk-add", params, "device")
+    kind = params.get("type", "file")
+    if kind not in DISK_TYPES:
+        raise UsageError(f"type: {kind[:16]!a} is none of {', '.join(DISK_TYPES)}")
+    mode, devtype = params.get("mode", "r" if cdrom else "w"), params.get("devtype", "cdrom" if cdrom else "disk")
+    if mode not in ("r", "w") or devtype not in ("disk", "cdrom") or (devtype, mode) == ("cdrom", "w"):
+        raise UsageError("mode is r or w, devtype disk or cdrom; a cdrom has mode r")
+    grant = DiskGrant(
+        device=device_number(name),
+        name=name,
+        type=kind,
+        path=params.get("path", "handed over")[:1000],
+        read_only=mode == "r",
+        cdrom=devtype == "cdrom",
+        share=boolean(params, "share"),
+        cipher="",
+        key_size_bits=0,
+        key_file="",
+    )
+    return Plug(sequence, (grant,), ())
+
+
+def nic_add(sequence: int, params: Params, uuid: str, taken: Iterable[int]) -> Plug:
+    """Return the request for a network card; without an id it gets the lowest one that is not `taken`."""
+    used = set(taken)
+    number = nic_id(params) if "id" in params else next((one for one in range(NICS_LIMIT) if one not in used), -1)
+    if number < 0:
+        raise WrongStateError(f"nic-add: the guest has {NICS_LIMIT} network cards already")
+    mac = params.get("mac", "").lower() or derived_mac(number, None, Uuid(uuid))
+    if not MAC.fullmatch(mac):
+        raise UsageError(f"mac: {mac[:32]!a} is no address", hint="six pairs of hexadecimal digits: 00:16:3e:..")
+    return Plug(sequence, (), (NicGrant(number, bridge(params), mac),))
+
+
+def unplug(sequence: int, kind: Kind, params: Params, default_s: int) -> Unplug:
+    """Return the request to take a disk or a card away."""
+    device = device_number(_needed("disk-del", params, "device")) if kind is Kind.VBD else nic_id(params)
+    patience_s = max(1, round(seconds(params, "timeout", float(default_s))))
+    return Unplug(sequence, kind, device, boolean(params, "force"), patience_s)
+
+
+def switch(sequence: int, params: Params) -> Rebridge:
+    """Return the request to move a card to another bridge."""
+    return Rebridge(sequence, nic_id(params), _needed("nic-network-switch", params, "bridge") and bridge(params))
+
+
+def device_number(name: str) -> int:
+    """Return the number of a disk by its name in the guest."""
+    try:
+        return virtual_device_number(name)
+    except ValueError as error:
+        raise UsageError(f"device: {error}") from None
+
+
+def nic_id(params: Params) -> int:
+    """Return the id of a card."""
+    word = _needed("nic", params, "id")
+    if not word.isascii() or not word.isdigit() or int(word) >= NICS_LIMIT:
+        raise UsageError(f"id: {word[:16]!a} is no number from 0 to {NICS_LIMIT - 1}")
+    return int(word)
+
+
+def bridge(params: Params) -> str:
+    """Return the bridge asked for, "" for the host's default."""
+    name = params.get("bridge", "")
+    if not BRIDGE.fullmatch(name):
+        raise UsageError(f"bridge: {name[:32]!a} is no name of an interface")
+    return name
+
+
+def shown(states: Iterable[DeviceState], kind: Kind) -> tuple[str, list[dict[str, object]]]:
+    """Return the devices of one kind as lines and as data."""
+    chosen = [state for state in states if state.kind is kind]
+    data = [_data(state) for state in chosen]
+    lines = [f"{state.name:<8} {STATES[state.backend]:<22} {_where(state)}".rstrip() for state in chosen]
+    return "\n".join(lines), data
+
+
+def _where(state: DeviceState) -> str:
+    if state.kind is Kind.VIF:
+        return f"{state.detail} bridge={state.bridge}"
+    return f"{'r' if state.read_only else 'w'} {state.detail}"
+
+
+def _data(state: DeviceState) -> dict[str, object]:
+    data: dict[str, object] = {
+        "device": state.device,
+        "name": state.name,
+        "backend": STATES[state.backend],
+        "frontend": STATES[state.frontend],
+    }
+    if state.kind is Kind.VIF:
+        return data | {"mac": state.detail, "bridge": state.bridge}
+    return data | {"source": state.detail, "read_only": state.read_only}
+
+
+def _needed(command: str, params: Params, key: str) -> str:
+    if not params.get(key):
+        raise UsageError(f"{command}: {key}= is missing")
+    return params[key]
