@@ -192,7 +192,7 @@ def test_hot_add_and_remove_leave_nothing(vm, image, bridge):
     guest = quiet(vm, disk=f"{image('busy.img')}:file:xvda:r:disk")
     guest.start()
     guest.up()
-    guest.shell("(while dd if=/dev/xvda of=/dev/null bs=64k iflag=direct 2>/dev/null; do true; done) &")
+    guest.shell("(while dd if=/dev/xvda of=/dev/null bs=64k iflag=direct 2>/dev/null; do true; done) & true")
     guest.cmd("pause")
     guest.cmd("unpause")
     before, broker = devices(), guest.broker()

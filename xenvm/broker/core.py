@@ -24,7 +24,6 @@ from xenvm.boundary.messages import (
     DomainState,
     Done,
     Failed,
-    Fault,
     Grants,
     Hello,
     Init,
@@ -45,7 +44,7 @@ from xenvm.broker.children import Child
 from xenvm.broker.phases import ON_DEVICES, PERMITS, REBUILDING, START_DEADLINE_S, WITH_ARGUMENTS, VmPhase
 from xenvm.broker.plugging import Plugging, Wanted
 from xenvm.broker.uevents import Uevents
-from xenvm.broker.work import Change, Work
+from xenvm.broker.work import Change, Work, allow, failed
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 
 TYPE_CHECKING = False
@@ -95,6 +94,7 @@ class Broker:
         self._spare_until = 0.0  # when an unused one ends; 0: not by time
         self._book = Book(host_policy)
         self._uevents = Uevents(directory)
+        self._postponed: deque[tuple[Message, list[int]]] = deque()
         self._recheck = False  # udev has told of a removed device; looked at when no job runs, which may have done it
         self._phase, self._domid = VmPhase.UNKNOWN, -1
         self._work: Work | None = None
@@ -153,6 +153,9 @@ class Broker:
                 self._gone(child)
         if self._uevents.fileno() in ready:
             self._recheck |= self._uevents.removed()
+        while self._postponed and not self._work and self._supervisor:
+            message, descriptors = self._postponed.popleft()
+            self._take_all(self._supervisor, message, descriptors)
         if self._recheck and not self._work:
             self._settle()
         if self._work and time.monotonic() >= self._work.end:
@@ -197,6 +200,9 @@ class Broker:
         if self._work:
             self._work.stop()
             self._work.close()
+        for _, descriptors in self._postponed:
+            for descriptor in descriptors:
+                os.close(descriptor)
         self._uevents.follow(-1)
 
     # Children
@@ -246,18 +252,31 @@ class Broker:
                 child.end(grace_ms=1000)
                 self._gone(child)
                 return
-            message, descriptors = received
-            try:
-                self._take(child, message, descriptors)
-            finally:
-                for descriptor in descriptors:  # those that were taken over are no longer in the list
-                    os.close(descriptor)
+            self._take_all(child, *received)
+
+    def _take_all(self, child: Child, message: Message, descriptors: list[int]) -> None:
+        try:
+            self._take(child, message, descriptors)
+        finally:
+            for descriptor in descriptors:  # those that were taken over are no longer in the list
+                os.close(descriptor)
+
+    def _must_wait(self, message: Message) -> bool:
+        """Tell whether a request has to wait for a job that the broker does of its own accord, and not for long."""
+        if not self._work or self._work.op is not Op.SETTLE or self._work.sequence:
+            return False
+        if isinstance(message, Ask):
+            return message.op is not Op.DESTROY and message.op in PERMITS and PERMITS[message.op].deadline_s > 0
+        return isinstance(message, Plug | Unplug | Rebridge)
 
     def _take(self, child: Child, message: Message, descriptors: list[int]) -> None:
         """Act on one message of a child; one that is out of place ends it."""
         work = self._work
         if isinstance(message, Hello) and child.greets(message):
             self._acts.append("confined", role=message.role, pid=message.pid, proof=message.proof)
+        elif child is self._supervisor and self._must_wait(message):
+            self._postponed.append((message, [*descriptors]))
+            descriptors.clear()
         elif child is self._supervisor and isinstance(message, Ask):
             self._answer(message)
         elif child is self._supervisor and isinstance(message, Plug | Unplug | Rebridge):
@@ -292,7 +311,7 @@ class Broker:
         child.end()
         self._acts.append("ended", role=child.role.value, pid=child.pid, how=child.how())
         recent = self._restarts[child.role]
-        if not _allow(recent, RESTARTS_PER_MINUTE):
+        if not allow(recent, RESTARTS_PER_MINUTE):
             raise XenvmError(f"the {child.role.value} ended {RESTARTS_PER_MINUTE + 1} times in a minute; giving up")
         if child is self._watcher:
             self._watcher, pause_s = None, WATCHER_PAUSE_S * 2 ** (len(recent) - 1)
@@ -334,7 +353,7 @@ class Broker:
                 self._begin(ask.sequence, ask.op, PERMITS[ask.op].deadline_s)
         except XenvmError as error:
             self._acts.append("refused", op=ask.op.value, why=error.message[:200])
-            self._to_supervisor(_failed(ask.sequence, error, self._known()))
+            self._to_supervisor(failed(ask.sequence, error, self._known()))
 
     def _change(self, request: Request, descriptors: list[int]) -> None:
         """Begin a change of the running guest's devices."""
@@ -354,18 +373,16 @@ class Broker:
                 self._work.held[:], descriptors[:] = descriptors, []
         except XenvmError as error:
             self._acts.append("refused", op=op.value, why=error.message[:200])
-            self._to_supervisor(_failed(request.sequence, error, self._known()))
+            self._to_supervisor(failed(request.sequence, error, self._known()))
 
     def _permit(self, op: Op, *, plain: bool = False) -> None:
         permit = PERMITS.get(op) if not plain or op not in WITH_ARGUMENTS else None
         if permit is None or self._phase not in permit.phases:
             raise XenvmError(f"{op} is not possible while the domain is {self._phase}", code=ExitCode.WRONG_STATE)
-        if not _allow(self._asked[op], permit.per_minute):
+        if not allow(self._asked[op], permit.per_minute):
             raise XenvmError(f"{op} was asked for more than {permit.per_minute} times a minute")
         if self._work and permit.deadline_s:
-            if self._work.op is Op.SETTLE and not self._work.sequence:
-                self._recheck = True  # of our own accord: it can wait, and is safe to stop anywhere
-            elif op is not Op.DESTROY:
+            if op is not Op.DESTROY:
                 raise XenvmError(f"the broker is busy with {self._work.op}", code=ExitCode.BUSY)
             self._cancel(f"ended by {op}")
 
@@ -377,7 +394,7 @@ class Broker:
         work.close()
         self._acts.append("cancelled", op=work.op.value, pid=work.builder.pid)
         self._work = None
-        self._to_supervisor(_failed(work.sequence, XenvmError(f"{work.op}: {why}"), self._known()))
+        self._to_supervisor(failed(work.sequence, XenvmError(f"{work.op}: {why}"), self._known()))
 
     def _read_config(self) -> None:
         grants, policy, fields = self._reload()
@@ -457,7 +474,7 @@ class Broker:
         except XenvmError as error:
             plugging.close(succeeded=False)
             work.plugging = None
-            answer = _failed(0, error, NO_DOMAIN)
+            answer = failed(0, error, NO_DOMAIN)
         if answer:
             with contextlib.suppress(ProtocolError):  # it has ended: its end is dealt with as such
                 work.builder.channel.send(answer)
@@ -473,7 +490,7 @@ class Broker:
             late = time.monotonic() >= work.end
             why = f"no answer within {work.deadline_s:g} s" if late else f"its {work.builder.role} {work.builder.how()}"
             code = ExitCode.TIMED_OUT if late else ExitCode.FAILED
-            message: Message = _failed(work.sequence, XenvmError(f"{work.op}: {why}", code=code), self._known())
+            message: Message = failed(work.sequence, XenvmError(f"{work.op}: {why}", code=code), self._known())
         else:
             message = work.result
         self._acts.append("result", op=work.op.value, pid=work.builder.pid, result=type(message).__name__)
@@ -489,9 +506,11 @@ class Broker:
                 self._set_phase(VmPhase.ABSENT, -1)
                 if work.result is None:  # killed in the middle: what it had half done is removed before anybody hears
                     self._tidy_up()
-            self._to_supervisor(Failed(work.sequence, message.fault, self._known()))
+            answer = work.answer or Failed(work.sequence, message.fault, self._known())
             if work.op is Op.PLUG and work.result is None:
-                self._take_back(work.change.wanted)
+                self._take_back(work, answer)
+            else:
+                self._to_supervisor(answer)
         if not self._work and not self._spare and work.op not in REBUILDING | ON_DEVICES | {Op.FIND, Op.DESTROY}:
             self._spare = Child(Role.BUILDER, self._log, {}, "-")
             self._spare_until = time.monotonic() + SPARE_S
@@ -507,12 +526,19 @@ class Broker:
         if done.domain.state is DomainState.ABSENT and work.op not in ON_DEVICES:
             self._book.domain_gone(for_good=True)
 
-    def _take_back(self, wanted: Wanted) -> None:
-        """Remove a device whose hotplug worker died over it."""
+    def _take_back(self, work: Work, answer: Message) -> None:
+        """Remove a device whose hotplug worker died over it; only then the answer is given."""
+        wanted = work.change.wanted
         place = (Kind.VBD, wanted.disks[0].device) if wanted.disks else (Kind.VIF, wanted.vifs[0].id)
-        self._begin(0, Op.UNPLUG, PERMITS[Op.UNPLUG].deadline_s, Change(gone=place, force=True, timeout_s=1))
+        change = Change(gone=place, force=True, timeout_s=1)
+        self._begin(work.sequence, Op.UNPLUG, PERMITS[Op.UNPLUG].deadline_s, change)
+        if self._work:
+            self._work.answer = answer
 
     def _pass_on(self, work: Work, done: Done) -> None:
+        if work.answer:
+            self._to_supervisor(work.answer)
+            return
         if work.op is not Op.CONSOLE:
             domain, text = (self._known(), done.text) if work.op in ON_DEVICES else (done.domain, "")
             if work.op in (Op.DEVICES, Op.SETTLE):
@@ -523,7 +549,7 @@ class Broker:
         try:
             self._hand_over(work.sequence, host.open_console(done.text))
         except XenvmError as error:
-            self._to_supervisor(_failed(work.sequence, error, done.domain))
+            self._to_supervisor(failed(work.sequence, error, done.domain))
 
     def _learn(self, domain: Domain) -> None:
         if domain.state is DomainState.ABSENT:
@@ -538,9 +564,7 @@ class Broker:
     def _settle(self) -> None:
         """Tidy up when the kernel has no longer what the domain is known to have: something else has removed it."""
         self._recheck = False
-        if uevents.gone(self._book.known, self._domid) and _allow(
-            self._asked[Op.SETTLE], PERMITS[Op.SETTLE].per_minute
-        ):
+        if uevents.gone(self._book.known, self._domid) and allow(self._asked[Op.SETTLE], PERMITS[Op.SETTLE].per_minute):
             self._begin(0, Op.SETTLE, PERMITS[Op.SETTLE].deadline_s)
 
     def _tidy_up(self) -> None:
@@ -565,29 +589,3 @@ class Broker:
             self._acts.append("result", op="find", result=error.message[:200])
         finally:
             builder.end(grace_ms=2000)
-
-
-def _failed(sequence: int, error: XenvmError, domain: Domain) -> Failed:
-    return Failed(sequence, Fault(int(error.code) or 1, error.message[:4000], error.hint[:1000]), domain)
-
-
-def _allow(times: deque[float], per_minute: int) -> bool:
-    """Tell whether the last minute had fewer than `per_minute` events, and count one more then."""
-    now = time.monotonic()
-    while times and times[0] < now - 60:
-        times.popleft()
-    if len(times) >= per_minute:
-        return False
-    times.append(now)
-    return True
-
-
-def signal_pipe() -> int:
-    """Turn SIGTERM, SIGINT and SIGHUP into bytes (their numbers) on the returned descriptor."""
-    readable, writable = socket.socketpair()
-    readable.setblocking(False)
-    writable.setblocking(False)
-    signal.set_wakeup_fd(writable.detach())
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: None)
-    return readable.detach()

@@ -85,21 +85,24 @@ class Plugging:
             raise ProtocolError("a job begins with its devices once")
         self._begun = True
         if self._network:
-            self._network.channel.send(Join(domid, self._vifs, self._timeout_s))
+            _ask(self._network, Join(domid, self._vifs, self._timeout_s))
         for grant in self._grants:
             self._go_on(grant, self._open(grant, self._handed.pop(grant.device, -1)), None)
 
     def take(self, child: Child, message: Message, descriptors: list[int]) -> None:
         """Go on with what a worker has answered; its descriptors are taken over. Raise XenvmError when it failed."""
-        if child is self._network:
-            self._network = None
-            child.end(grace_ms=1000)
-            _refuse(message)
-            self._bridged = True
-            return
-        grant, opening = self._waiting.pop(child)
         child.end(grace_ms=1000)
-        self._go_on(grant, opening, (message, descriptors))
+        try:
+            if child is self._network:
+                self._network = None
+                _refuse(message)
+                self._bridged = True
+            else:
+                grant, opening = self._waiting.pop(child)
+                self._go_on(grant, opening, (message, descriptors))
+        finally:
+            for descriptor in descriptors:  # what was of use is no longer among them
+                os.close(descriptor)
 
     def gone(self, child: Child) -> None:
         """Learn that a worker has ended without an answer."""
@@ -143,40 +146,54 @@ class Plugging:
 
     def _serve(self, grant: DiskGrant, image: int) -> Opening:
         """Have an image served by a process without privilege, and make a kernel block device of what it serves."""
-        listener, client = self._private_socket(grant.device)
         try:
-            worker = Child(Role.IMAGE, self._log, {}, self._uuid)
-            worker.channel.send(Serve(grant.type, grant.read_only), (image, listener.fileno(), client.fileno()))
-            listener.close()
+            listener, client = self._private_socket(grant)
+        except BaseException:
             os.close(image)
+            raise
+        try:
+            with listener:
+                worker = Child(Role.IMAGE, self._log, {}, self._uuid)
+                _ask(worker, Serve(grant.type, grant.read_only), (image, listener.fileno(), client.fileno()))
+        except BaseException:
+            client.close()
+            raise
+        finally:
+            os.close(image)
+        try:
             served, _ = yield worker
             _refuse(served, grant)
             if not isinstance(served, Served):
                 raise ProtocolError("an image worker answered with something else")
             self._servers[grant.device] = server_text(served.pid)
             worker = Child(Role.STORAGE, self._log, {}, self._uuid)
-            worker.channel.send(Connect(served.size_bytes, served.flags, grant.read_only), (client.fileno(),))
+            _ask(worker, Connect(served.size_bytes, served.flags, grant.read_only), (client.fileno(),))
         finally:
             client.close()
         answer, descriptors = yield worker
         _refuse(answer, grant)
         return _only(descriptors)
 
-    def _private_socket(self, device: int) -> tuple[socket.socket, socket.socket]:
+    def _private_socket(self, grant: DiskGrant) -> tuple[socket.socket, socket.socket]:
         """Return a listening socket and one connected to it; its name has gone, so nobody else can connect."""
-        path = f"{RUN_DIRECTORY}/image-{self._uuid}-{device}"
+        path = f"{RUN_DIRECTORY}/image-{self._uuid}-{grant.device}"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)  # noqa: PTH108
-        before = os.umask(0o177)  # only root may connect while the name is there
         try:
-            listener.bind(path)
-        finally:
-            os.umask(before)
-        listener.listen(1)
-        client.connect(path)
-        os.unlink(path)  # noqa: PTH108
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)  # noqa: PTH108
+            before = os.umask(0o177)  # only root may connect while the name is there
+            try:
+                listener.bind(path)
+            finally:
+                os.umask(before)
+            listener.listen(1)
+            client.connect(path)
+            os.unlink(path)  # noqa: PTH108
+        except OSError as error:
+            listener.close()
+            client.close()
+            raise XenvmError(f"disk {grant.name}: cannot make the socket {path}: {error.strerror}") from error
         return listener, client
 
     def _decrypt(self, grant: DiskGrant, device: int) -> Opening:
@@ -188,7 +205,7 @@ class Plugging:
             try:
                 worker = Child(Role.STORAGE, self._log, {}, self._uuid)
                 name = f"xenvm-{self._uuid}-{grant.device}"
-                worker.channel.send(Decrypt(name, grant.cipher, grant.key_size_bits, grant.read_only), (device, key))
+                _ask(worker, Decrypt(name, grant.cipher, grant.key_size_bits, grant.read_only), (device, key))
             finally:
                 os.close(key)
             answer, descriptors = yield worker
@@ -196,6 +213,11 @@ class Plugging:
             return _only(descriptors)
         finally:
             os.close(device)
+
+
+def _ask(worker: Child, message: Message, descriptors: tuple[int, ...] = ()) -> None:
+    with contextlib.suppress(ProtocolError):  # it has ended already: what it said of that comes next
+        worker.channel.send(message, descriptors)
 
 
 def _refuse(message: Message, grant: DiskGrant | None = None) -> None:
@@ -208,9 +230,10 @@ def _refuse(message: Message, grant: DiskGrant | None = None) -> None:
 
 
 def _only(descriptors: list[int]) -> int:
+    """Take the one descriptor out of the list."""
     if len(descriptors) != 1 or not _is_block(descriptors[0]):
         raise ProtocolError("a storage worker did not hand over a block device")
-    return descriptors[0]
+    return descriptors.pop()
 
 
 def _is_block(descriptor: int) -> bool:

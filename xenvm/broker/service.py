@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 
@@ -15,7 +16,7 @@ from xenvm.boundary.privileges import Role
 from xenvm.broker import host, policyfile
 from xenvm.broker.actlog import ActLog
 from xenvm.broker.children import Child
-from xenvm.broker.core import Broker, signal_pipe
+from xenvm.broker.core import Broker
 from xenvm.errors import ConfigError, ExitCode, TimeoutExpiredError, XenvmError
 
 TYPE_CHECKING = False
@@ -114,7 +115,18 @@ def serve(
             started=launcher.tell,
             spare=spare,
         )
-        return broker.run(signal_pipe())
+        return broker.run(_signal_pipe())
+
+
+def _signal_pipe() -> int:
+    """Turn SIGTERM, SIGINT and SIGHUP into bytes (their numbers) on the returned descriptor."""
+    readable, writable = socket.socketpair()
+    readable.setblocking(False)
+    writable.setblocking(False)
+    signal.set_wakeup_fd(writable.detach())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+    return readable.detach()
 
 
 def _open_config(path: str) -> int:

@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One job of the broker: what was asked, who works on it, until when."""
+"""One job of the broker: what was asked, who works on it, until when, and what is answered when it fails."""
 
 from __future__ import annotations
 
 import os
 import time
 
-from xenvm.boundary.messages import Done
+from xenvm.boundary.messages import Done, Failed, Fault
 from xenvm.broker.plugging import Wanted
 from xenvm.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections import deque
+
     from xenvm.boundary.checks import Message
     from xenvm.boundary.devices import Kind
-    from xenvm.boundary.messages import Op
+    from xenvm.boundary.messages import Domain, Op
     from xenvm.broker.children import Child
     from xenvm.broker.plugging import Plugging
+    from xenvm.errors import XenvmError
 
 
 class Change(Record):
@@ -43,6 +46,8 @@ class Work:
         self.change = change
         self.plugging = plugging
         self.created = False
+        self.answer: Message | None = None
+        """What to tell at the end instead of how it went: this only tidies up behind something that failed."""
         self.held: list[int] = []
         """Descriptors that came with the request; closed with the work."""
 
@@ -58,3 +63,19 @@ class Work:
         for descriptor in self.held:
             os.close(descriptor)
         self.held.clear()
+
+
+def failed(sequence: int, error: XenvmError, domain: Domain) -> Failed:
+    """Return the answer to a request that ended in `error`; `domain` is what is known of it."""
+    return Failed(sequence, Fault(int(error.code) or 1, error.message[:4000], error.hint[:1000]), domain)
+
+
+def allow(times: deque[float], per_minute: int) -> bool:
+    """Tell whether the last minute had fewer than `per_minute` events, and count one more then."""
+    now = time.monotonic()
+    while times and times[0] < now - 60:
+        times.popleft()
+    if len(times) >= per_minute:
+        return False
+    times.append(now)
+    return True

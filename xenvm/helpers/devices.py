@@ -247,6 +247,11 @@ def listed(store: Store, uuid: str) -> list[Place]:
     ]
 
 
+def is_cdrom(store: Store, domid: int, device: int) -> bool:
+    """Tell whether a disk was plugged as a disc in a CD drive."""
+    return store.read(f"{backend_path(Kind.VBD, domid, device)}/device-type") == b"cdrom"
+
+
 def look(store: Store, uuid: str, domid: int) -> tuple[DeviceState, ...]:
     """Return what is known of each recorded device; of what the guest wrote only a number is taken."""
     return tuple(_look(store, uuid, domid, place) for place in listed(store, uuid))

@@ -63,8 +63,11 @@ def _run(channel: Channel, connection: store.Store, job: Job) -> Done:
 
 def _plug(channel: Channel, connection: store.Store, job: Job) -> str:
     exchange = Devices(channel, connection, job)
-    drives = [(Kind.VBD, vbd.device) for vbd in job.vbds if vbd.cdrom]
+    drives = {(Kind.VBD, vbd.device): vbd.name for vbd in job.vbds if vbd.cdrom}
     discs = [place for place in devices.listed(connection, job.uuid) if place in drives]
+    for place in discs:
+        if not devices.is_cdrom(connection, job.domid, place[1]):
+            raise WrongStateError(f"{drives[place]} is no CD drive, but a disk", hint="disk-del takes a disk away")
     if discs:  # a PV guest has no drive whose disc changes: the old disk goes, a new one comes
         devices.unplug(connection, job.uuid, job.domid, discs, patience_s=float(job.timeout_s), force=False)
     exchange.begin(job.domid)

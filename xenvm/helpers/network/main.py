@@ -19,7 +19,7 @@ from xenvm.helpers.network import link
 REQUEST_WAIT_S = 900.0  # it is started with the build of the domain whose interfaces it waits for
 KERNEL_WAIT_S = 5.0
 POLL_S = 0.01
-# The dom0 side of every card: the highest address, so that a bridge never takes it for its own (Xen's vif-bridge).
+# The dom0 side of every card: the highest address, since a bridge takes the lowest of its ports' (Xen's vif-bridge).
 BACKEND_MAC = bytes.fromhex("feffffffffff")
 
 
