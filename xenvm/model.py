@@ -275,6 +275,15 @@ def disk_slot(number: int) -> DiskSlot | None:
     return None
 
 
+def same_disk(number: int, other: int) -> bool:
+    """Tell whether two device numbers are one disk for a Linux guest, or one of them a partition of the other."""
+    slot, second = disk_slot(number), disk_slot(other)
+    if slot is None or second is None or slot.disk != second.disk:
+        return number == other
+    # xen_translate_vdev() in Linux drivers/block/xen-blkfront.c maps hdX, sdX and xvdX to one minor
+    return slot.family != second.family or slot.partition == second.partition or 0 in (slot.partition, second.partition)
+
+
 def derived_mac(nic_id: int, model: str | None, uuid: Uuid) -> str:
     """Return the MAC address of a card without one: a function of its id, its model and the VM's uuid.
 

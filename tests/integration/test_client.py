@@ -749,3 +749,97 @@ def is_terminal(name):
     with contextlib.suppress(OSError):
         return os.isatty(int(name))
     return False
+
+
+# Disks handed over
+
+
+class Taker:
+    """A monitor that keeps the descriptors that come with requests."""
+
+    def __init__(self, directory, uuid=A):
+        self.requests, self.descriptors = [], []
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(f"{directory}/vm-{uuid}")
+        self.listener.listen(5)
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.thread.start()
+
+    def serve(self):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.listener.accept()
+                with connection:
+                    data = b""
+                    while len(data) < 4 or len(data) < 4 + struct.unpack(">I", data[:4])[0]:
+                        more, descriptors, _, _ = socket.recv_fds(connection, 65536, 4)
+                        if not more:
+                            break
+                        data += more
+                        self.descriptors += descriptors
+                    if data:
+                        self.requests.append(json.loads(data[4:]))
+                        connection.sendall(ok(self.requests[-1], "connected"))
+
+    def close(self):
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        self.thread.join(10)
+
+
+@pytest.fixture
+def taker(directory):
+    before = len(os.listdir("/proc/self/fd"))
+    made = Taker(directory)
+    yield made
+    made.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "params", "access"),
+    [
+        (("disk-add", "{}:file:xvdb:w:disk"), {"type": "file", "mode": "w", "devtype": "disk"}, os.O_RDWR),
+        (("disk-add", "path={}", "device=xvdb", "mode=r"), {"mode": "r"}, os.O_RDONLY),
+        (("cd-insert", "path={}", "device=xvdb"), {}, os.O_RDONLY),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_disk_goes_along_with_its_request(taker, tmp_path, capsys, words, params, access):
+    """Opened here, with the rights of the caller, and as its mode says; the monitor opens nothing by this name."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"the very file")
+    assert cmd.main([A, *(word.format(path) for word in words)]) == ExitCode.DONE
+    assert capsys.readouterr().out == "connected\n"
+    (request,), (descriptor,) = taker.requests, taker.descriptors
+    assert (request["method"], request["xenvm"]) == (words[0], 1)
+    assert request["params"] == {"path": str(path), "device": "xvdb"} | params
+    assert os.pread(descriptor, 100, 0) == b"the very file"
+    assert fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == access
+
+
+def test_a_disk_that_cannot_be_opened_is_not_asked_for(taker, tmp_path, capsys):
+    assert cmd.main([A, "disk-add", f"{tmp_path}/none:file:xvdb:w:disk"]) == ExitCode.FAILED
+    assert "cannot open" in capsys.readouterr().err
+    assert cmd.main([A, "disk-add", "device=xvdb"]) == ExitCode.USAGE
+    assert cmd.main([A, "domid"]) == ExitCode.DONE
+    assert [request["method"] for request in taker.requests] == ["domid"]
+
+
+def test_a_disk_that_nobody_takes_is_closed(directory, tmp_path):
+    """The monitor is gone, or its reader, or the request is too long to be sent."""
+    before = len(os.listdir("/proc/self/fd"))
+    for failing in ("closed", "too long", "unused"):
+        ours, theirs = socket.socketpair()
+        monitor = Monitor(A, ours, 5.0)
+        monitor.handed = os.open(tmp_path, os.O_RDONLY)
+        if failing == "closed":
+            theirs.close()
+        with monitor, contextlib.suppress(XenvmError):
+            if failing != "unused":
+                monitor.call("disk-add", path="x" * (100_000 if failing == "too long" else 1))
+        theirs.close()
+        assert monitor.handed is None
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -221,9 +221,7 @@ def test_a_card_that_is_not_there_does_not_move(bench):
 
 def test_looking_and_settling(bench):
     bench.plug(PLANNED)
-    assert bench.run(Op.DEVICES).devices == (
-        DeviceState(Kind.VBD, 51712, "xvda", 2, 1, False, "file:/a", "", ""),
-    )
+    assert bench.run(Op.DEVICES).devices == (DeviceState(Kind.VBD, 51712, "xvda", 2, 1, False, "file:/a", "", ""),)
     devices.write(bench.store, UUID, 7, (CD,), ())
     assert [state.device for state in bench.run(Op.SETTLE).devices] == [51712]
 
@@ -267,7 +265,9 @@ def test_a_broker_that_says_nothing_is_waited_for_only_so_long(bench):
     assert "device-timeout" in caught.value.hint
 
 
-@pytest.mark.parametrize("answer", [Created(7, ()), Done(0, NO_DOMAIN, ""), None], ids=lambda answer: type(answer).__name__)
+@pytest.mark.parametrize(
+    "answer", [Created(7, ()), Done(0, NO_DOMAIN, ""), None], ids=lambda answer: type(answer).__name__
+)
 def test_any_other_word_of_the_broker_ends_the_job(bench, answer):
     exchange = talk(bench)
     exchange.begin(7)

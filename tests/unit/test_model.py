@@ -14,6 +14,7 @@ from xenvm.model import (
     Uuid,
     derived_mac,
     disk_slot,
+    same_disk,
     parse_uuid,
     virtual_device_number,
 )
@@ -76,6 +77,25 @@ def test_device_names_out_of_range(name):
 )
 def test_disk_slots(name, slot):
     assert disk_slot(virtual_device_number(name)) == slot
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("sda", "xvda", True),
+        ("hdb", "sdb", True),
+        ("xvda", "xvda", True),
+        ("xvda", "xvda1", True),
+        ("sda1", "sda2", False),
+        ("xvda1", "sda2", True),  # of two families even the partitions share their minors
+        ("xvda", "xvdb", False),
+        ("xvda", "256", False),
+        ("256", "256", True),
+    ],
+)
+def test_what_is_one_disk_for_a_linux_guest(first, second, same):
+    numbers = [virtual_device_number(name) for name in (first, second)]
+    assert same_disk(*numbers) is same_disk(*reversed(numbers)) is same
 
 
 def test_uuid():

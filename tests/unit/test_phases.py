@@ -4,13 +4,13 @@
 import os
 import signal
 import socket
-from typing import ClassVar
 
 import psutil
 import pytest
+from children import FakeChild
 
 from xenvm.boundary.devices import Kind, NicGrant
-from xenvm.boundary.frames import Channel, encode
+from xenvm.boundary.frames import encode
 from xenvm.boundary.messages import (
     NO_DOMAIN,
     Ask,
@@ -41,42 +41,6 @@ from xenvm.errors import ExitCode, XenvmError
 UUID = "11111111-2222-4333-8444-555555555555"
 RUNNING = Domain(7, DomainState.RUNNING, Phase.BUILT, -1, 65536, 1, 5)
 FAULT = Fault(1, "no", "")
-
-
-class FakeChild:
-    """In place of a child process: `there` is its end of the channel; `die` lets it end."""
-
-    made: ClassVar[list] = []
-
-    def __init__(self, role, _log, _extra, _uuid):
-        self.role, self.pid, self.status = role, 1000 + len(self.made), None
-        self.channel, self.there = Channel.pair()
-        self.pidfd, self._alive = os.pipe()
-        self.killed = False
-        self.made.append(self)
-
-    def greets(self, hello):
-        return hello.pid == self.pid
-
-    def die(self):
-        if self.status is None:
-            self.status = 0
-            self.there.close()
-            os.close(self._alive)
-
-    def ended(self):
-        return self.status is not None
-
-    def how(self):
-        return "ended with status 0"
-
-    def end(self, grace_ms=0):
-        self.killed = True
-        if self.pidfd >= 0:
-            self.die()
-            self.channel.close()
-            os.close(self.pidfd)
-            self.pidfd = -1
 
 
 class Acts:

@@ -6,11 +6,12 @@ from __future__ import annotations
 import contextlib
 import os
 
-from xenvm.boundary.devices import DiskGrant, Kind, NicGrant
+from xenvm.boundary.devices import DISKS_LIMIT, DiskGrant, Kind, NicGrant
 from xenvm.broker import bridges
 from xenvm.broker.plugging import Wanted
 from xenvm.broker.servers import end_server
 from xenvm.errors import ExitCode, UsageError, XenvmError
+from xenvm.model import same_disk
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,8 +45,29 @@ class Book:
         if plug.disks:
             if plug.disks[0].cipher:
                 raise UsageError("an encrypted disk cannot be added while the guest runs: put it into the config file")
+            self._check_place(plug.disks[0], grants)
             return Wanted(plug.disks, (), {plug.disks[0].device: descriptors[0]})
+        self._check_address(plug.nics[0], grants)
         return Wanted((), (self.bridged(plug.nics[0], grants),), {})
+
+    def _check_place(self, disk: DiskGrant, grants: Grants) -> None:
+        """Refuse one disk too many, and one that a Linux guest cannot tell from another one."""
+        known = {device: str(device) for kind, device in self.known if kind is Kind.VBD}
+        known |= {grant.device: grant.name for grant in (*grants.disks, *(grant for grant, _ in self._disks.values()))}
+        known.pop(disk.device, None)
+        if len(known) >= DISKS_LIMIT:
+            raise UsageError(f"disk {disk.name}: the guest has {DISKS_LIMIT} disks, which is the most it may have")
+        for device, name in known.items():
+            if same_disk(disk.device, device):
+                raise UsageError(
+                    f"disk {disk.name} is the same disk in the guest as {name}",
+                    hint="use each letter once, with hd, sd or xvd",
+                )
+
+    def _check_address(self, nic: NicGrant, grants: Grants) -> None:
+        for other in (*grants.nics, *self._nics.values()):
+            if other.mac == nic.mac and other.id != nic.id:
+                raise UsageError(f"network card {nic.id}: card {other.id} has the address {nic.mac}")
 
     def bridged(self, nic: NicGrant, grants: Grants) -> Vif:
         """Choose the bridge of a card that is added or moved: one that config or host policy names, or the only one."""

@@ -42,7 +42,7 @@ def open_disk(grant: DiskGrant, handed: int = -1) -> int:
     """
     label = f"disk {grant.name}: {grant.path}"
     try:
-        descriptor = handed if handed >= 0 else _open(grant)
+        descriptor = _exclusive(grant, handed if handed >= 0 else _open(grant))
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise BusyError(
@@ -61,14 +61,22 @@ def open_disk(grant: DiskGrant, handed: int = -1) -> int:
 
 def _open(grant: DiskGrant) -> int:
     access = os.O_RDONLY if grant.read_only else os.O_RDWR
-    flags = access | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
-    descriptor = os.open(grant.path, flags)
+    return os.open(grant.path, access | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+
+
+def _exclusive(grant: DiskGrant, descriptor: int) -> int:
+    """Return a block device that is to be written opened anew, so that nothing else on this host has it.
+
+    What was handed over for reading only stays as it is: the authority is that of whoever opened it.
+    """
     # dm-crypt below an encrypted disk makes sure of that by itself.
     if grant.share or grant.read_only or grant.cipher or not stat.S_ISBLK(os.fstat(descriptor).st_mode):
         return descriptor
+    if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+        return descriptor
     # Of a block device O_EXCL means: not while a file system or another device of this host has it, open(2).
     try:
-        exclusive = os.open(f"/proc/self/fd/{descriptor}", flags | os.O_EXCL)
+        exclusive = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK)
     finally:
         os.close(descriptor)
     return exclusive

@@ -193,7 +193,7 @@ class Plugging:
         except OSError as error:
             listener.close()
             client.close()
-            raise XenvmError(f"disk {grant.name}: cannot make the socket {path}: {error.strerror}") from error
+            raise XenvmError(f"disk {grant.name}: cannot make the socket {path}: {error.strerror or error}") from error
         return listener, client
 
     def _decrypt(self, grant: DiskGrant, device: int) -> Opening:

@@ -51,7 +51,12 @@ REPLY_LIMIT = 1024 * 1024
 DEPTH_LIMIT = 32
 EARLY_EVENTS_LIMIT = 1000
 
-_WAITING = frozenset({"shutdown", "halt", "restart", "reboot", "wait"})
+_WAITING = frozenset(
+    {
+        *("shutdown", "halt", "restart", "reboot", "wait"),
+        *("disk-add", "disk-del", "cd-insert", "cd-eject", "nic-add", "nic-del", "nic-network-switch"),
+    }
+)
 _PASSING_DESCRIPTOR = frozenset({"console", "console-log"})
 _UUID_CHARACTERS = frozenset("0123456789abcdef-")
 _CONNECT_RETRY_S = 0.02
@@ -232,7 +237,8 @@ class Monitor:
         try:
             rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("i", handed))
             sent = connected.sendmsg([frame], [rights])
-            connected.sendall(frame[sent:])
+            if sent < len(frame):  # to send nothing would still fail when the monitor has answered and hung up
+                connected.sendall(frame[sent:])
         finally:
             os.close(handed)
 

@@ -107,7 +107,7 @@ def _params(command: str, words: Sequence[str]) -> dict[str, str]:
     bare = BARE_WORD.get(command, "")
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals:
+        if not equals or (bare and set(key) & set("/:")):  # a disk's own fields have options of this form
             if not bare:
                 raise UsageError(f"{command}: not of the form key=value: {word}", hint="`xenvm-cmd help` shows how")
             key, value, bare = bare, word, ""

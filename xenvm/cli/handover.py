@@ -26,12 +26,14 @@ def opened(command: str, given: Mapping[str, str]) -> tuple[dict[str, str], int]
     path = params.get("path", "")
     if not path:
         raise UsageError(f"{command}: path= is missing", hint=f"or give the disk as {FORM}")
-    read_only = command == "cd-insert" or params.get("mode", "w") == "r" or params.get("devtype") == "cdrom"
-    params["mode"] = "r" if read_only else "w"
+    cdrom = command == "cd-insert" or params.get("devtype") == "cdrom"
+    mode = params.get("mode", "r" if cdrom else "w")
+    if mode not in ("r", "w"):
+        raise UsageError(f"{command}: mode={mode} is neither r nor w")
+    if command != "cd-insert":  # it has no such parameter: a disc is read
+        params["mode"] = mode
     params["path"] = os.path.abspath(path)  # noqa: PTH100 - pathlib costs start time
-    if command == "cd-insert":
-        del params["mode"]
-    access = os.O_RDONLY if read_only else os.O_RDWR
+    access = os.O_RDONLY if mode == "r" else os.O_RDWR
     try:
         return params, os.open(path, access | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:

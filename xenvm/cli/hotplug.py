@@ -22,7 +22,7 @@ def main() -> int:
     action, path = os.environ.get("ACTION", ""), os.environ.get("XENBUS_PATH", "")
     number = os.environ.get("SEQNUM", "0")
     match = EVENT.fullmatch(path)
-    if action not in ACTIONS or not match or not number.isdigit():
+    if action not in ACTIONS or not match or not (number.isascii() and number.isdigit()):
         sys.stderr.write("xenvm-hotplug: run by udev rules, with ACTION and XENBUS_PATH of a backend device\n")
         return 2
     with_socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM | _socket.SOCK_NONBLOCK)

@@ -38,8 +38,8 @@ VERBS = (
     Verb("disk-list", "", "print the guest's disks: name, state, mode, source"),
     Verb(
         "disk-add",
-        "PATH:TYPE:DEVICE:MODE:DEVTYPE | path=P device=D [type=T] [mode=r|w] [devtype=disk|cdrom] [share=true]",
-        "give the running guest a disk, which xenvm-cmd opens with its own rights",
+        "PATH:TYPE:DEVICE:MODE:DEVTYPE[:share=true]",
+        "give the running guest a disk, opened with your own rights; also as path= device= type= mode= devtype= share=",
         bare="spec",
     ),
     Verb(

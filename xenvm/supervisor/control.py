@@ -90,9 +90,8 @@ class Client:
             return True
         except OSError:
             return False
-        if handed:  # the newest counts; a client that hands over more than it asks about loses them
-            self.drop_handed()
-            self._handed = handed
+        if handed:
+            self._keep(handed)
         if not self._in:
             self.begun_s = time.monotonic()
         self._in += received
@@ -112,6 +111,13 @@ class Client:
             for (number,) in INT.iter_unpack(data[: len(data) // INT.size * INT.size])
         ]
         return received, handed
+
+    def _keep(self, handed: list[int]) -> None:
+        """Keep a descriptor for the next request; close one that comes amid a request, or from who may do nothing."""
+        if self.rights == "all" and not self.waiting:
+            handed, self._handed = self._handed, handed  # the newest counts
+        for descriptor in handed:
+            os.close(descriptor)
 
     def take_handed(self) -> list[int]:
         """Return the descriptor that came with the present request, if one did; it is the caller's to close."""

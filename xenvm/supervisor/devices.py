@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from xenvm.boundary.devices import BRIDGE, MAC, NICS_LIMIT, DeviceState, DiskGrant, Kind, NicGrant
 from xenvm.boundary.messages import Ask, Done, Init, Op, Plug, Rebridge, Unplug
-from xenvm.errors import UsageError, WrongStateError
+from xenvm.errors import ProtocolError, UsageError, WrongStateError
 from xenvm.model import Uuid, derived_mac, virtual_device_number
 from xenvm.supervisor.commands import boolean, seconds
 
@@ -33,6 +33,7 @@ STATES: Final[Mapping[int, str]] = MappingProxyType(  # enum xenbus_state, xen/i
     }
 )
 UNFINISHED: Final = frozenset({-1, 0, 1})  # a device that waits for its guest, or that closes, is whole
+NAME_LIMIT: Final = 32
 DISK_TYPES: Final = ("phy", "file", "aio", "qcow", "vhd")
 
 
@@ -53,13 +54,12 @@ def request(
         op = Op.SETTLE if boolean(params, "clean") else Op.DEVICES
         return op, Ask(sequence, op, "", 0)
     if name in ("disk-add", "cd-insert"):
-        return Op.PLUG, disk_add(sequence, params, cdrom=name == "cd-insert")
+        return Op.PLUG, disk_add(name, sequence, params)
     if name == "nic-add":
         return Op.PLUG, nic_add(sequence, params, init.uuid, taken)
     if name == "nic-network-switch":
         return Op.REBRIDGE, switch(sequence, params)
-    kind = Kind.VIF if name == "nic-del" else Kind.VBD
-    return Op.UNPLUG, unplug(sequence, kind, params, init.policy.device_timeout_s)
+    return Op.UNPLUG, unplug(name, sequence, params, init.policy.device_timeout_s)
 
 
 def answer(name: str, done: Done) -> tuple[str, object]:
@@ -76,9 +76,14 @@ def answer(name: str, done: Done) -> tuple[str, object]:
     return (text if name.endswith("list") else done.text), data
 
 
-def disk_add(sequence: int, params: Params, *, cdrom: bool = False) -> Plug:
+def cards(done: Done) -> frozenset[int]:
+    """Return the ids of the network cards that the guest has."""
+    return frozenset(state.device for state in done.devices if state.kind is Kind.VIF)
+
+
+def disk_add(command: str, sequence: int, params: Params) -> Plug:
     """Return the request for a disk that comes with a descriptor."""
-    name = _needed("disk-add", params, "device")
+    name, cdrom = _needed(command, params, "device"), command == "cd-insert"
     kind = params.get("type", "file")
     if kind not in DISK_TYPES:
         raise UsageError(f"type: {kind[:16]!a} is none of {', '.join(DISK_TYPES)}")
@@ -97,13 +102,21 @@ def disk_add(sequence: int, params: Params, *, cdrom: bool = False) -> Plug:
         key_size_bits=0,
         key_file="",
     )
-    return Plug(sequence, (grant,), ())
+    return Plug(sequence, (_passable(grant),), ())
+
+
+def _passable(grant: DiskGrant) -> DiskGrant:
+    """Return the grant if the broker will accept it: for one that it does not it ends this process."""
+    try:
+        return DiskGrant.from_body(grant.as_body())
+    except ProtocolError as error:
+        raise UsageError(f"disk: {error.message}") from None
 
 
 def nic_add(sequence: int, params: Params, uuid: str, taken: Iterable[int]) -> Plug:
     """Return the request for a network card; without an id it gets the lowest one that is not `taken`."""
     used = set(taken)
-    number = nic_id(params) if "id" in params else next((one for one in range(NICS_LIMIT) if one not in used), -1)
+    number = nic_id("nic-add", params) if "id" in params else next((one for one in range(NICS_LIMIT) if one not in used), -1)
     if number < 0:
         raise WrongStateError(f"nic-add: the guest has {NICS_LIMIT} network cards already")
     mac = params.get("mac", "").lower() or derived_mac(number, None, Uuid(uuid))
@@ -112,30 +125,34 @@ def nic_add(sequence: int, params: Params, uuid: str, taken: Iterable[int]) -> P
     return Plug(sequence, (), (NicGrant(number, bridge(params), mac),))
 
 
-def unplug(sequence: int, kind: Kind, params: Params, default_s: int) -> Unplug:
+def unplug(command: str, sequence: int, params: Params, default_s: int) -> Unplug:
     """Return the request to take a disk or a card away."""
-    device = device_number(_needed("disk-del", params, "device")) if kind is Kind.VBD else nic_id(params)
+    kind = Kind.VIF if command == "nic-del" else Kind.VBD
+    device = device_number(_needed(command, params, "device")) if kind is Kind.VBD else nic_id(command, params)
     patience_s = max(1, round(seconds(params, "timeout", float(default_s))))
     return Unplug(sequence, kind, device, boolean(params, "force"), patience_s)
 
 
 def switch(sequence: int, params: Params) -> Rebridge:
     """Return the request to move a card to another bridge."""
-    return Rebridge(sequence, nic_id(params), _needed("nic-network-switch", params, "bridge") and bridge(params))
+    command = "nic-network-switch"
+    return Rebridge(sequence, nic_id(command, params), _needed(command, params, "bridge") and bridge(params))
 
 
 def device_number(name: str) -> int:
     """Return the number of a disk by its name in the guest."""
+    if not name.isascii() or not name.isprintable() or len(name) > NAME_LIMIT:
+        raise UsageError(f"device: {name[:NAME_LIMIT]!a} is no virtual disk name", hint="one like hda, sda or xvda")
     try:
         return virtual_device_number(name)
     except ValueError as error:
         raise UsageError(f"device: {error}") from None
 
 
-def nic_id(params: Params) -> int:
+def nic_id(command: str, params: Params) -> int:
     """Return the id of a card."""
-    word = _needed("nic", params, "id")
-    if not word.isascii() or not word.isdigit() or int(word) >= NICS_LIMIT:
+    word = _needed(command, params, "id")
+    if not word.isascii() or not word.isdigit() or len(word) > len(str(NICS_LIMIT)) or int(word) >= NICS_LIMIT:
         raise UsageError(f"id: {word[:16]!a} is no number from 0 to {NICS_LIMIT - 1}")
     return int(word)
 

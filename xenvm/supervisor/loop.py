@@ -11,7 +11,6 @@ import select
 import time
 from collections import deque
 
-from xenvm.boundary.devices import Kind
 from xenvm.boundary.messages import (
     Ask,
     Domain,
@@ -38,7 +37,7 @@ from xenvm.errors import (
 from xenvm.supervisor import commands, devices
 from xenvm.supervisor.control import PARSE_ERROR, REQUEST_WAIT_S, Client, Request, Rights, accept
 from xenvm.supervisor.machine import Happening, Vm, seen, step
-from xenvm.supervisor.pending import Operation, Waiter
+from xenvm.supervisor.pending import Operation, Waiter, error_of
 from xenvm.supervisor.states import ALIVE, ENDED, STABLE, Event, State
 
 TYPE_CHECKING = False
@@ -179,7 +178,7 @@ class Supervisor:
         elif isinstance(message, Progress):
             self._step = message.step
             self._publish("progress", {"step": message.step})
-        elif isinstance(message, Done | Failed) and message.sequence in self._handovers:
+        elif isinstance(message, Done | Failed) and message.sequence in {*self._handovers, *self._device_asks}:
             if self._asked and self._asked[0] == message.sequence:
                 self._asked = None
             self._hand_over(message, descriptors)
@@ -215,6 +214,7 @@ class Supervisor:
             self._happen(Happening(Event.WITHDRAWN, now_s))
             self._look_soon(now_s)
         elif op in BUILDS:
+            self._nics = devices.cards(message)
             self._found(op, message.domain, now_s)
         elif op not in REQUESTS or message.domain.state not in (DomainState.RUNNING, DomainState.PAUSED):
             self._happen(seen(self._vm, self._init.policy, message.domain, now_s))
@@ -301,8 +301,7 @@ class Supervisor:
         if operation.client is None:
             return
         if fault:
-            error = XenvmError(fault.message, hint=fault.hint, code=ExitCode(fault.code))
-            operation.client.refuse(operation.identifier, error)
+            operation.client.refuse(operation.identifier, error_of(fault))
         else:
             operation.client.reply(operation.identifier, "", self._status())
         self._serve(operation.client)
@@ -502,20 +501,19 @@ class Supervisor:
             raise WrongStateError(f"{name}: the VM is {self._vm.state}")
         if self._wait_for_broker(name, client, request):
             return
-        sequence = self._sequence + 1
-        op, message = devices.request(name, sequence, params, self._init, self._nics)
+        self._sequence += 1
+        op, message = devices.request(name, self._sequence, params, self._init, self._nics)
         handed = client.take_handed() if isinstance(message, Plug) and message.disks else []
         if isinstance(message, Plug) and len(handed) != len(message.disks):
             raise UsageError(f"{name}: the disk comes as an open descriptor", hint="xenvm-cmd opens it and sends it")
-        self._sequence = sequence
-        self._asked = (sequence, op)
-        self._handovers[sequence] = (client, request.identifier)
-        self._device_asks[sequence] = name
         try:
             self._broker.send(message, handed)
         finally:
             for descriptor in handed:
                 os.close(descriptor)
+        self._asked = (self._sequence, op)
+        self._handovers[self._sequence] = (client, request.identifier)
+        self._device_asks[self._sequence] = name
 
     def _do_console_log(self, client: Client, request: Request) -> None:
         self._ask_beside(Op.CONSOLE_LOG, client, request)
@@ -538,19 +536,21 @@ class Supervisor:
         self._broker.send(Ask(self._sequence, op, "", 0))
 
     def _hand_over(self, message: Done | Failed, descriptors: list[int]) -> None:
-        client, identifier = self._handovers.pop(message.sequence)
+        """Answer whoever asked for something beside, if it is still there."""
+        client, identifier = self._handovers.pop(message.sequence, (None, None))
         name = self._device_asks.pop(message.sequence, "")
+        text, data = "", None
         if name and isinstance(message, Done):
-            self._nics = frozenset(state.device for state in message.devices if state.kind is Kind.VIF)
+            self._nics = devices.cards(message)
             text, data = devices.answer(name, message)
             if not name.endswith("list"):
                 self._publish("device", {"command": name, "devices": data})
-            client.reply(identifier, text, data)
-        elif isinstance(message, Failed):
-            fault = message.fault
-            client.refuse(identifier, XenvmError(fault.message, hint=fault.hint, code=ExitCode(fault.code)))
+        if client is None:
+            return
+        if isinstance(message, Failed):
+            client.refuse(identifier, error_of(message.fault))
         else:
-            client.reply(identifier, "", None, descriptors[0] if descriptors else -1)
+            client.reply(identifier, text, data, descriptors[0] if descriptors else -1)
         self._serve(client)
 
     _HANDLERS: Final[dict[str, Callable[[Supervisor, Client, Request], None]]] = {

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from xenvm.errors import ExitCode, XenvmError
 from xenvm.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from xenvm.boundary.messages import Fault
     from xenvm.supervisor.control import Client
     from xenvm.supervisor.states import State
 
@@ -30,3 +32,8 @@ class Waiter(Record):
     state: State
     timeout_s: float
     end: float
+
+
+def error_of(fault: Fault) -> XenvmError:
+    """Return what a client is told of a fault."""
+    return XenvmError(fault.message, hint=fault.hint, code=ExitCode(fault.code))
