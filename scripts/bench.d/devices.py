@@ -116,7 +116,7 @@ def start(client: pyxs.Client) -> tuple[Guest, Guest]:
     )
     theirs.write_text(
         f"name = '{THEIRS}'\ntype = 'pv'\nkernel = '{KERNEL}'\nramdisk = '{INITRD}'\ncmdline = '{CMDLINE}'\n"
-        "memory = 160\nvcpus = 1\n"
+        f"memory = 160\nvcpus = 1\ndisk = ['{image('first.qcow2', 'qcow2')},qcow2,xvdb,w']\n"  # so that it has a QEMU
     )
     run("xenvm", str(ours))
     run("xl", "create", "-q", str(theirs))

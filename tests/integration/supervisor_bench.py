@@ -52,8 +52,18 @@ class Client:
         request = {"jsonrpc": "2.0", "method": method, "params": params, "id": self.last}
         self.raw(json.dumps(request | ({"xenvm": 1} if self.modern else {})).encode())
 
-    def raw(self, body):
-        self.socket.sendall(struct.pack(">I", len(body)) + body)
+    def raw(self, body, descriptors=()):
+        frame = struct.pack(">I", len(body)) + body
+        if descriptors:
+            assert socket.send_fds(self.socket, [frame], list(descriptors)) == len(frame)
+        else:
+            self.socket.sendall(frame)
+
+    def hand(self, descriptors, method, /, **params):
+        """Send a request with descriptors."""
+        self.last += 1
+        request = {"jsonrpc": "2.0", "method": method, "params": params, "id": self.last, "xenvm": 1}
+        self.raw(json.dumps(request).encode(), descriptors)
 
     def exactly(self, size):
         data = b""
@@ -136,11 +146,17 @@ class Monitor:
         assert message.op is op
         return message
 
+    def asked_change(self, kind):
+        """Return the next request, which is one about devices, and the descriptors that came along."""
+        message, descriptors = self.broker.receive(deadline_s=WAIT_S)
+        assert isinstance(message, kind)
+        return message, descriptors
+
     def nothing_asked(self):
         return not select.select([self.broker], [], [], 0.05)[0]
 
-    def done(self, ask, domain=NO_DOMAIN, text="", descriptors=()):
-        self.broker.send(Done(getattr(ask, "sequence", ask), domain, text), descriptors)
+    def done(self, ask, domain=NO_DOMAIN, text="", descriptors=(), devices=()):
+        self.broker.send(Done(getattr(ask, "sequence", ask), domain, text, devices), descriptors)
 
     def failed(self, ask, fault=FAULT, domain=NO_DOMAIN):
         self.broker.send(Failed(getattr(ask, "sequence", ask), fault, domain))

@@ -3,10 +3,11 @@
 
 import os
 import signal
-import socket
 
+import broker_bench
 import psutil
 import pytest
+from broker_bench import FAULT, RUNNING, UUID
 from children import FakeChild
 
 from xenvm.boundary.devices import Kind, NicGrant
@@ -14,154 +15,24 @@ from xenvm.boundary.frames import encode
 from xenvm.boundary.messages import (
     NO_DOMAIN,
     Ask,
-    Domain,
-    DomainState,
     Done,
     Failed,
     Fault,
-    Grants,
     Hello,
-    HostPolicy,
     Init,
     Job,
     Op,
     Phase,
     Plug,
-    Policy,
     Progress,
     Rebridge,
     Unplug,
 )
 from xenvm.boundary.privileges import TABLE, Role
-from xenvm.broker import bridges, core, plugging
-from xenvm.broker.core import RESTARTS_PER_MINUTE, Broker
+from xenvm.broker import core
+from xenvm.broker.core import RESTARTS_PER_MINUTE
 from xenvm.broker.phases import ON_DEVICES, PERMITS, REBUILDING, WITH_ARGUMENTS, VmPhase
 from xenvm.errors import ExitCode, XenvmError
-
-UUID = "11111111-2222-4333-8444-555555555555"
-RUNNING = Domain(7, DomainState.RUNNING, Phase.BUILT, -1, 65536, 1, 5)
-FAULT = Fault(1, "no", "")
-
-
-class Acts:
-    def __init__(self):
-        self.records = []
-
-    def append(self, act, **details):
-        self.records.append((act, details))
-
-    def of(self, act):
-        return [details for name, details in self.records if name == act]
-
-
-class Bench:
-    """A broker with its supervisor's and its builders' places taken by the test."""
-
-    def __init__(self, tmp_path):
-        self.kernel = tmp_path / "kernel"
-        self.kernel.write_bytes(b"k")
-        self.grants = Grants(
-            *(UUID, "web", str(self.kernel), "", "", 64, 64, 1, True, (), (), False, "", (), (), 40),
-        )
-        self.acts, self.told = Acts(), []
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.wakeup, self.signals = os.pipe()
-        self.reloaded = []
-        self.broker = Broker(
-            grants=self.grants,
-            policy=Policy("started", "destroy", "reboot", "destroy", 60, 40),
-            fields={"name": "web"},
-            host_policy=HostPolicy("", ()),
-            directory=str(tmp_path),
-            config_file="/etc/a.cfg",
-            listener=self.listener,
-            log=2,
-            acts=self.acts,
-            reload_config=self.reload,
-            started=lambda code, text: self.told.append((code, text)),
-            spare=None,
-        )
-        self.broker._start_supervisor(first=True)
-        assert isinstance(self.heard(), Init)
-
-    def reload(self):
-        self.reloaded.append(1)
-        return self.grants, Policy("started", "preserve", "reboot", "destroy", 60, 40), {}
-
-    def close(self):
-        self.broker._end_children()
-        for child in FakeChild.made:
-            child.end()
-        for descriptor in (self.wakeup, self.signals):
-            os.close(descriptor)
-        for end in (self.listener, self.broker._events_in, self.broker._events_out):
-            end.close()
-
-    @property
-    def supervisor(self):
-        return self.broker._supervisor
-
-    @property
-    def builder(self):
-        return self.broker._work.builder
-
-    def known(self, domain):
-        """Let the broker know what a builder has found."""
-        self.broker._learn(domain)
-
-    def turn(self):
-        self.broker._turn(self.wakeup)
-
-    def ask(self, op, sequence=1, text="", code=0):
-        self.supervisor.there.send(Ask(sequence, op, text, code))
-        self.turn()
-
-    def send(self, message, descriptors=()):
-        self.supervisor.there.send(message, descriptors)
-        self.turn()
-
-    def heard(self):
-        """Return the next message to the supervisor; its descriptors are closed."""
-        message, descriptors = self.supervisor.there.receive(deadline_s=5)
-        for descriptor in descriptors:
-            os.close(descriptor)
-        return message
-
-    def silent(self):
-        with pytest.raises(BlockingIOError):
-            self.supervisor.there.receive_now()
-        return True
-
-    def job(self):
-        """Return the running builder's job and how many descriptors came along."""
-        message, descriptors = self.builder.there.receive(deadline_s=5)
-        for descriptor in descriptors:
-            os.close(descriptor)
-        return message, len(descriptors)
-
-    def answer(self, message, descriptors=()):
-        self.builder.there.send(message, descriptors)
-        self.turn()
-
-    def refused(self, code=None):
-        message = self.heard()
-        assert isinstance(message, Failed)
-        assert code is None or message.fault.code == code
-        return message.fault.message
-
-
-@pytest.fixture
-def bench(monkeypatch, tmp_path):
-    FakeChild.made = []
-    for module in (core, plugging):
-        monkeypatch.setattr(module, "Child", FakeChild)
-    monkeypatch.setattr(bridges, "bridges", lambda: ["br0"])
-    before = psutil.Process().num_fds()
-    made = Bench(tmp_path)
-    yield made
-    made.close()
-    assert psutil.Process().num_fds() == before
-
 
 PHASES = {VmPhase.ABSENT: NO_DOMAIN, VmPhase.BUILT: RUNNING}
 WITH_HELPER = sorted(op for op, permit in PERMITS.items() if permit.deadline_s)
@@ -170,6 +41,11 @@ REQUESTS = {
     Op.UNPLUG: Unplug(9, Kind.VBD, 51712, False, 5),
     Op.REBRIDGE: Rebridge(9, 0, "br0"),
 }
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    yield from broker_bench.bench(monkeypatch, tmp_path)
 
 
 # The table
@@ -366,7 +242,7 @@ def test_a_builder_that_failed_at_its_start_has_said_why(bench):
     spare = FakeChild(Role.BUILDER, 2, {}, "-")
     spare.there.send(Failed(0, Fault(1, "no Xen here", ""), NO_DOMAIN))
     spare.there.close()
-    bench.broker._spare = spare
+    bench.broker._spares = {Role.BUILDER: spare}
     bench.ask(Op.FIND, 3)
     bench.turn()
     assert bench.refused() == "no Xen here"
@@ -389,26 +265,26 @@ def test_a_builder_made_ready_after_a_command_serves_the_next_one_or_ends(bench,
     bench.known(RUNNING)
     bench.ask(Op.PAUSE)
     bench.answer(Done(0, RUNNING, ""))
-    first = bench.broker._spare
+    first = bench.broker._spares[Role.BUILDER]
     assert first.role is Role.BUILDER
     bench.ask(Op.UNPAUSE)
-    assert (bench.builder, bench.broker._spare) == (first, None)
+    assert (bench.builder, bench.broker._spares) == (first, {})
     bench.answer(Done(0, RUNNING, ""))
-    second = bench.broker._spare
+    second = bench.broker._spares[Role.BUILDER]
     assert bench.broker._timeout_ms() == core.SPARE_S * 1000
     now[0] += core.SPARE_S
     os.write(bench.signals, bytes([signal.SIGHUP]))  # the end of the wait
     bench.turn()
     assert second.killed
-    assert bench.broker._spare is None
+    assert bench.broker._spares == {}
 
 
-@pytest.mark.parametrize("op", [Op.DEVICES, Op.SETTLE, Op.DESTROY, Op.FIND])
-def test_no_builder_is_made_ready_where_no_second_command_is_likely(bench, op):
+@pytest.mark.parametrize("op", [Op.SETTLE, Op.DESTROY, Op.FIND])
+def test_no_helper_is_made_ready_where_no_second_command_is_likely(bench, op):
     bench.known(RUNNING)
     bench.ask(op)
     bench.answer(Done(0, NO_DOMAIN, ""))
-    assert bench.broker._spare is None
+    assert bench.broker._spares == {}
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 RESTARTS_PER_MINUTE: Final = 5
 WATCHER_PAUSE_S: Final = 1.0  # before it is started again, and twice as long each time: xenstored may be starting too
-SPARE_S: Final = 60.0  # how long a builder made ready after a command waits for the next one: they come in bursts
+SPARE_S: Final = 60.0  # how long a helper made ready after a command waits for the next one: they come in bursts
 LISTENER_THERE, WATCHER_THERE, SUPERVISOR_THERE = 4, 5, 4
 STARTUP_OPS: Final = {"started": Op.START, "paused": Op.START_PAUSED, "shutdown": Op.FIND}
 
@@ -90,8 +90,8 @@ class Broker:
         self._config_file = config_file
         self._listener, self._log, self._acts = listener, log, acts
         self._reload, self._started = reload_config, started
-        self._spare = spare
-        self._spare_until = 0.0  # when an unused one ends; 0: not by time
+        self._spares = {Role.BUILDER: spare} if spare else {}
+        self._spare_until = 0.0  # when unused ones end; 0: not by time
         self._book = Book(host_policy)
         self._uevents = Uevents(directory)
         self._postponed: deque[tuple[Message, list[int]]] = deque()
@@ -160,16 +160,17 @@ class Broker:
             self._settle()
         if self._work and time.monotonic() >= self._work.end:
             self._finish()
-        if self._spare and self._spare_until and time.monotonic() >= self._spare_until:
-            self._spare.end()
-            self._spare = None
+        if self._spares and self._spare_until and time.monotonic() >= self._spare_until:
+            for child in self._spares.values():
+                child.end()
+            self._spares.clear()
         if self._watcher_due and time.monotonic() >= self._watcher_due:
             self._start_watcher()
 
     def _timeout_ms(self) -> float | None:
         due = [self._work.end] if self._work else []
         due += [self._watcher_due] if self._watcher_due else []
-        due += [self._spare_until] if self._spare and self._spare_until else []
+        due += [self._spare_until] if self._spares and self._spare_until else []
         return max(0.0, (min(due) - time.monotonic()) * 1000) if due else None
 
     def _signalled(self, numbers: bytes) -> None:
@@ -194,7 +195,7 @@ class Broker:
         if self._supervisor:
             self._supervisor.channel.close()
             self._supervisor.end(grace_ms=2000)
-        for child in (self._watcher, self._spare):
+        for child in (self._watcher, *self._spares.values()):
             if child:
                 child.end()
         if self._work:
@@ -446,13 +447,14 @@ class Broker:
                 os.close(descriptor)
 
     def _helper(self, op: Op) -> Child:
-        """Return the process for a job: the builder that waits ready, or a fresh one."""
-        if op in ON_DEVICES:
-            return Child(Role.HOTPLUG, self._log, {}, self._grants.uuid)
-        builder, self._spare = self._spare, None
-        if builder is None or builder.ended():
-            builder = Child(Role.BUILDER, self._log, {}, self._grants.uuid)
-        return builder
+        """Return the process for a job: the one that waits ready, or a fresh one."""
+        role = Role.HOTPLUG if op in ON_DEVICES else Role.BUILDER
+        child = self._spares.pop(role, None)
+        if child is not None and not child.ended():
+            return child
+        if child is not None:
+            child.end()
+        return Child(role, self._log, {}, self._grants.uuid)
 
     def _created(self, work: Work, created: Created) -> None:
         """Open and bridge what the job needs: the nodes for it are there, the domain before it is not any more."""
@@ -511,8 +513,10 @@ class Broker:
                 self._take_back(work, answer)
             else:
                 self._to_supervisor(answer)
-        if not self._work and not self._spare and work.op not in REBUILDING | ON_DEVICES | {Op.FIND, Op.DESTROY}:
-            self._spare = Child(Role.BUILDER, self._log, {}, "-")
+        if not self._work and work.op not in REBUILDING | {Op.FIND, Op.DESTROY, Op.SETTLE}:
+            role = work.builder.role
+            if role not in self._spares:
+                self._spares[role] = Child(role, self._log, {}, self._grants.uuid)
             self._spare_until = time.monotonic() + SPARE_S
 
     def _note_devices(self, work: Work, done: Done) -> None:

@@ -115,8 +115,8 @@ def _passable(grant: DiskGrant) -> DiskGrant:
 
 def nic_add(sequence: int, params: Params, uuid: str, taken: Iterable[int]) -> Plug:
     """Return the request for a network card; without an id it gets the lowest one that is not `taken`."""
-    used = set(taken)
-    number = nic_id("nic-add", params) if "id" in params else next((one for one in range(NICS_LIMIT) if one not in used), -1)
+    free = sorted(set(range(NICS_LIMIT)).difference(taken))
+    number = nic_id("nic-add", params) if "id" in params else next(iter(free), -1)
     if number < 0:
         raise WrongStateError(f"nic-add: the guest has {NICS_LIMIT} network cards already")
     mac = params.get("mac", "").lower() or derived_mac(number, None, Uuid(uuid))

@@ -14,7 +14,7 @@ from xenvm.errors import ExitCode, ProtocolError, WrongStateError, XenvmError
 from xenvm.helpers import devices, serve, store, xenstored
 from xenvm.helpers.exchange import Devices
 
-REQUEST_WAIT_S = 60.0
+REQUEST_WAIT_S = 3600.0  # a worker may be started before it is needed; it ends with its broker
 
 
 def main() -> int:

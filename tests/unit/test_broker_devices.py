@@ -1,0 +1,470 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The broker and the devices of its VM: jobs with their workers, changes by command, hints of udev."""
+
+import os
+import stat
+
+import broker_bench
+import pytest
+from broker_bench import FAULT, RUNNING
+from children import FakeChild
+
+from xenvm.boundary.devices import DeviceState, DiskGrant, Kind, NicGrant, Vif
+from xenvm.boundary.messages import (
+    NO_DOMAIN,
+    Created,
+    Decrypt,
+    Done,
+    Failed,
+    Fault,
+    Hello,
+    Join,
+    Op,
+    Phase,
+    Plug,
+    Ready,
+    Rebridge,
+    Unplug,
+)
+from xenvm.boundary.privileges import Role
+from xenvm.broker import core, disks, plugging, uevents
+from xenvm.broker.phases import PERMITS, VmPhase
+from xenvm.errors import BusyError, ExitCode
+from xenvm.helpers import devices
+
+DISK = DiskGrant(51712, "xvda", "phy", "/dev/vg/a", False, False, False, "", 0, "")
+MORE = DiskGrant(51728, "xvdb", "phy", "/home/me/b", False, False, False, "", 0, "")
+NIC = NicGrant(0, "br0", "00:16:3e:00:00:01")
+SEEN = DeviceState(Kind.VBD, 51712, "xvda", 4, 4, False, "phy:/dev/vg/a", "", "")
+ADDED = DeviceState(Kind.VBD, 51728, "xvdb", 4, 4, False, "phy:/home/me/b", "", "4711 99")
+CARD = DeviceState(Kind.VIF, 0, "0", 4, 4, False, NIC.mac, "br0", "")
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """Disks are block devices of no driver; `opened` are the names of those that were opened, in order."""
+    block = tmp_path / "block"
+    os.mknod(block, 0o600 | stat.S_IFBLK, os.makedev(7, 63))
+    ended = []
+    for made in broker_bench.bench(monkeypatch, tmp_path):
+        made.opened, made.refuse, made.ended, made.block = [], {}, ended, block
+
+        def open_disk(grant, handed=-1, made=made):
+            made.opened.append(grant.name)
+            if handed >= 0:
+                os.close(handed)
+            if grant.name in made.refuse:
+                raise made.refuse[grant.name]
+            return os.open(block, os.O_PATH)
+
+        monkeypatch.setattr(disks, "open_disk", open_disk)
+        for module in (plugging, core.Book.__module__ and __import__("xenvm.broker.book", fromlist=["x"])):
+            monkeypatch.setattr(module, "end_server", lambda text: ended.append(text) if text else None)
+        yield made
+
+
+def devices_of(bench, *, disks=(), nics=()):
+    """Give the VM devices by its config."""
+    bench.grants = bench.broker._grants = bench.grants.but(disks=disks, nics=nics)
+    return bench
+
+
+def workers(role):
+    return [child for child in FakeChild.made if child.role is role and child.pidfd >= 0]
+
+
+def said(child):
+    message, descriptors = child.there.receive(deadline_s=5)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return message
+
+
+def tell(bench, child, message, descriptors=()):
+    child.there.send(message, descriptors)
+    bench.turn()
+
+
+def plug(bench, handed=True, sequence=9, **what):
+    """Ask for one more disk, as a supervisor does; return the job of the worker."""
+    descriptor = os.open(bench.block, os.O_PATH)
+    bench.send(Plug(sequence, (MORE.but(**what),), ()), [descriptor] * handed)
+    os.close(descriptor)
+
+
+# A domain with its devices
+
+
+def test_a_domain_is_built_with_its_devices(bench):
+    devices_of(bench, disks=(DISK,), nics=(NIC,)).known(NO_DOMAIN)
+    bench.ask(Op.BUILD, 3)
+    job, images = bench.job()
+    assert images == 1
+    assert [(vbd.name, vbd.source, vbd.major) for vbd in job.vbds] == [("xvda", "phy:/dev/vg/a", -1)]
+    assert job.vifs == (Vif(0, "br0", NIC.mac),)
+    assert bench.opened == []  # not before the nodes are there, and an earlier domain has let go of the disk
+    (network,) = workers(Role.NETWORK)
+    bench.answer(Created(8, ()))
+    assert bench.opened == ["xvda"]
+    assert said(network) == Join(8, (Vif(0, "br0", NIC.mac),), 40)
+    tell(bench, network, Done(0, NO_DOMAIN, ""))
+    ready = said(bench.builder)
+    assert isinstance(ready, Ready)
+    assert [(vbd.name, vbd.major, vbd.minor) for vbd in ready.vbds] == [("xvda", 7, 63)]
+    bench.answer(Done(0, RUNNING.but(domid=8), "", (SEEN, CARD)))
+    assert bench.heard() == Done(3, RUNNING.but(domid=8), "", (SEEN, CARD))
+    assert bench.broker._book.known == {(Kind.VBD, 51712), (Kind.VIF, 0)}
+    assert bench.broker._domid == 8
+
+
+def test_the_greeting_of_a_worker_is_logged(bench):
+    devices_of(bench, nics=(NIC,)).known(NO_DOMAIN)
+    bench.ask(Op.BUILD)
+    (network,) = workers(Role.NETWORK)
+    tell(bench, network, Hello("network", network.pid, "proof"))
+    assert bench.acts.of("confined")[-1] == {"role": "network", "pid": network.pid, "proof": "proof"}
+
+
+def test_a_disk_that_cannot_be_opened_is_told_to_the_builder(bench):
+    """It undoes what it has begun, and its words reach the supervisor."""
+    devices_of(bench, disks=(DISK,), nics=(NIC,)).known(NO_DOMAIN)
+    bench.refuse["xvda"] = BusyError("disk xvda: in use", hint="share=true")
+    bench.ask(Op.BUILD, 3)
+    bench.job()
+    bench.answer(Created(8, ()))
+    failed = said(bench.builder)
+    assert failed == Failed(0, Fault(9, "disk xvda: in use", "share=true"), NO_DOMAIN)
+    assert workers(Role.NETWORK) == []
+    bench.answer(failed)
+    assert bench.heard() == Failed(3, failed.fault, NO_DOMAIN)
+    assert bench.broker._phase is VmPhase.ABSENT
+
+
+def test_a_worker_that_dies_is_told_to_the_builder(bench):
+    devices_of(bench, nics=(NIC,)).known(NO_DOMAIN)
+    bench.ask(Op.BUILD)
+    bench.job()
+    bench.answer(Created(8, ()))
+    (network,) = workers(Role.NETWORK)
+    network.die()
+    bench.turn()
+    assert "the network worker ended with status 0 without an answer" in said(bench.builder).fault.message
+
+
+def test_a_bridge_that_is_not_there_is_refused_before_anything_is_built(bench):
+    devices_of(bench, nics=(NIC.but(bridge="gone"),)).known(RUNNING)
+    bench.ask(Op.REBUILD, 3)
+    failed = bench.heard()
+    assert "there is no bridge gone; this host has br0" in failed.fault.message
+    assert (failed.domain.domid, failed.domain.phase) == (7, Phase.BUILT)
+    assert [child.role for child in FakeChild.made] == [Role.SUPERVISOR]
+
+
+def test_the_servers_of_the_domain_before_end_when_it_is_gone(bench):
+    """Between its end and the next domain's disks: the images are locked until then."""
+    devices_of(bench, disks=(DISK,)).known(RUNNING)
+    bench.ask(Op.REBUILD)
+    bench.job()
+    assert bench.ended == []
+    bench.answer(Created(8, (SEEN.but(server="4711 99"),)))
+    assert bench.ended == ["4711 99"]
+
+
+def test_a_second_word_that_the_nodes_are_there_is_out_of_place(bench):
+    devices_of(bench, disks=(DISK,)).known(NO_DOMAIN)
+    bench.ask(Op.BUILD, 3)
+    builder = bench.builder
+    bench.job()
+    bench.answer(Created(8, ()))
+    said(builder)
+    tell(bench, builder, Created(9, ()))
+    assert builder.killed
+    assert bench.opened == ["xvda"]
+    assert {"role": "builder", "pid": builder.pid, "why": "message out of place"} in bench.acts.of("protocol")
+
+
+def test_a_builder_without_devices_that_claims_some_gets_none(bench):
+    bench.known(RUNNING)
+    bench.ask(Op.QUERY)
+    bench.answer(Created(8, ()))
+    with pytest.raises(BlockingIOError):
+        bench.builder.there.receive_now()
+        bench.builder.there.receive_now()
+    assert bench.opened == []
+
+
+def test_destroy_ends_everything_that_works_on_a_build(bench):
+    devices_of(bench, disks=(DISK,), nics=(NIC,)).known(NO_DOMAIN)
+    bench.ask(Op.BUILD, 3)
+    bench.job()
+    bench.answer(Created(8, ()))
+    made = [bench.builder, *workers(Role.NETWORK)]
+    bench.ask(Op.DESTROY, 4)
+    assert all(child.killed for child in made)
+    assert bench.refused() == "build: ended by destroy"
+    assert bench.job()[0].op is Op.DESTROY
+
+
+# Changes of a running guest
+
+
+def test_a_disk_is_added(bench):
+    bench.known(RUNNING)
+    plug(bench)
+    job, _ = bench.job()
+    assert bench.builder.role is Role.HOTPLUG
+    assert (job.op, job.domid, [vbd.name for vbd in job.vbds]) == (Op.PLUG, 7, ["xvdb"])
+    assert bench.opened == []
+    bench.answer(Created(7, ()))
+    assert bench.opened == ["xvdb"]
+    assert said(bench.builder).vbds[0].minor == 63
+    bench.answer(Done(0, NO_DOMAIN, "connected", (SEEN, ADDED)))
+    done = bench.heard()
+    assert (done.sequence, done.text, done.devices) == (9, "connected", (SEEN, ADDED))
+    assert done.domain.domid == 7
+    assert bench.broker._phase is VmPhase.BUILT  # what a hotplug worker says of the domain counts for nothing
+    bench.ask(Op.REBUILD)  # and there it is again
+    assert [vbd.name for vbd in bench.job()[0].vbds] == ["xvdb"]
+
+
+def test_a_disk_that_was_not_added_does_not_come_back(bench):
+    bench.known(RUNNING)
+    plug(bench)
+    bench.job()
+    bench.answer(Failed(0, FAULT, NO_DOMAIN))
+    assert bench.refused() == FAULT.message
+    assert bench.broker._phase is VmPhase.BUILT
+    bench.ask(Op.REBUILD)
+    assert bench.job()[0].vbds == ()
+
+
+@pytest.mark.parametrize(
+    ("what", "handed", "match"),
+    [
+        ({}, False, "one device is added at a time"),
+        ({"cipher": "aes", "key_file": "/etc/shadow", "key_size_bits": 256}, True, "encrypted disk cannot be added"),
+        ({"device": 2048, "name": "sda"}, True, "the same disk"),
+    ],
+)
+def test_a_disk_that_may_not_be_added_is_closed(bench, what, handed, match):
+    devices_of(bench, disks=(DISK,)).known(RUNNING)
+    plug(bench, handed=handed, **what)
+    assert match in bench.refused()
+    assert bench.broker._work is None
+    assert bench.acts.of("refused")[-1]["op"] == "plug"
+
+
+def test_a_card_for_a_bridge_that_is_not_open_to_the_vm(bench, monkeypatch):
+    monkeypatch.setattr("xenvm.broker.bridges.bridges", lambda: ["br0", "dmz"])
+    bench.known(RUNNING)
+    bench.send(Plug(9, (), (NIC.but(bridge="dmz"),)))
+    assert "not open to this VM" in bench.refused(ExitCode.PERMISSION_REFUSED)
+    bench.send(Rebridge(9, 0, "dmz"))
+    assert "not open to this VM" in bench.refused(ExitCode.PERMISSION_REFUSED)
+
+
+def test_a_device_is_taken_away(bench):
+    bench.known(RUNNING)
+    bench.broker._book.seen((ADDED,))
+    bench.send(Unplug(9, Kind.VBD, 51728, True, 5))
+    job, _ = bench.job()
+    assert (job.op, job.kind, job.device, job.force, job.timeout_s) == (Op.UNPLUG, Kind.VBD, 51728, True, 5)
+    assert bench.broker._work.deadline_s == PERMITS[Op.UNPLUG].deadline_s + 5
+    bench.answer(Done(0, NO_DOMAIN, ""))
+    assert bench.heard().devices == ()
+    assert bench.ended == ["4711 99"]
+
+
+def test_a_device_that_the_guest_keeps_keeps_its_server(bench):
+    bench.known(RUNNING)
+    bench.broker._book.seen((ADDED,))
+    bench.send(Unplug(9, Kind.VBD, 51728, False, 5))
+    bench.answer(Failed(0, Fault(7, "vbd 51728: the guest did not let go", ""), NO_DOMAIN))
+    assert "did not let go" in bench.refused(ExitCode.TIMED_OUT)
+    assert bench.ended == []
+
+
+def test_a_card_is_moved(bench):
+    devices_of(bench, nics=(NIC,)).known(RUNNING)
+    bench.send(Rebridge(9, 0, "br0"))
+    job, _ = bench.job()
+    assert (job.op, [(vif.id, vif.bridge) for vif in job.vifs]) == (Op.REBRIDGE, [(0, "br0")])
+    bench.answer(Created(7, ()))
+    (network,) = workers(Role.NETWORK)
+    assert said(network).vifs[0].bridge == "br0"
+    tell(bench, network, Done(0, NO_DOMAIN, ""))
+    assert said(bench.builder) == Ready(())
+    bench.answer(Done(0, NO_DOMAIN, "", (CARD,)))
+    assert bench.heard().devices == (CARD,)
+
+
+def test_what_a_dead_worker_has_begun_is_taken_back(bench):
+    bench.known(RUNNING)
+    plug(bench)
+    bench.job()
+    bench.answer(Created(7, ()))
+    bench.builder.die()
+    bench.turn()
+    assert "plug: its hotplug ended with status 0" in bench.refused()
+    job, _ = bench.job()
+    assert (job.op, job.kind, job.device, job.force) == (Op.UNPLUG, Kind.VBD, 51728, True)
+    bench.answer(Failed(0, Fault(3, "the guest has no vbd 51728", ""), NO_DOMAIN))
+    assert bench.broker._work is None
+
+
+def test_a_card_is_taken_back_too(bench):
+    bench.known(RUNNING)
+    bench.send(Plug(9, (), (NIC.but(id=4),)))
+    bench.broker._work.end = 0.0
+    bench.turn()
+    assert "no answer within" in bench.refused(ExitCode.TIMED_OUT)
+    job, _ = bench.job()
+    assert (job.op, job.kind, job.device) == (Op.UNPLUG, Kind.VIF, 4)
+    assert workers(Role.NETWORK) == []
+
+
+def test_an_encrypted_disk_of_the_config_comes_through_its_worker(bench, tmp_path):
+    key = tmp_path / "key"
+    key.write_bytes(b"k" * 32)
+    crypt = DISK.but(cipher="aes-xts-plain64", key_size_bits=256, key_file=str(key))
+    devices_of(bench, disks=(crypt,)).known(NO_DOMAIN)
+    bench.ask(Op.BUILD)
+    bench.job()
+    bench.answer(Created(8, ()))
+    (storage,) = workers(Role.STORAGE)
+    assert isinstance(said(storage), Decrypt)
+    block = os.open(bench.block, os.O_PATH)
+    tell(bench, storage, Done(0, NO_DOMAIN, "/dev/dm-0"), [block])
+    os.close(block)
+    assert said(bench.builder).vbds[0].minor == 63
+
+
+@pytest.mark.parametrize("role", [Role.NETWORK, Role.STORAGE])
+def test_a_worker_that_breaks_the_protocol_fails_the_job(bench, role, tmp_path):
+    (tmp_path / "key").write_bytes(b"k" * 32)
+    crypt = DISK.but(cipher="aes", key_size_bits=256, key_file=f"{tmp_path}/key")
+    devices_of(bench, disks=(crypt,), nics=(NIC,)).known(NO_DOMAIN)
+    bench.ask(Op.BUILD)
+    bench.job()
+    bench.answer(Created(8, ()))
+    (worker,) = workers(role)
+    worker.there._socket.send(b"garbage")
+    bench.turn()
+    assert isinstance(said(bench.builder), Failed)
+    assert workers(Role.NETWORK) + workers(Role.STORAGE) == []
+
+
+def test_many_changes_leave_no_descriptor(bench):
+    bench.known(RUNNING)
+    counts = []
+    for _ in range(20):
+        plug(bench)
+        bench.job()
+        bench.answer(Created(7, ()))
+        said(bench.builder)
+        bench.answer(Done(0, NO_DOMAIN, "connected", (ADDED,)))
+        bench.heard()
+        bench.send(Unplug(9, Kind.VBD, 51728, False, 5))
+        bench.job()
+        bench.answer(Done(0, NO_DOMAIN, ""))
+        bench.heard()
+        counts.append(len(os.listdir("/proc/self/fd")))
+    assert set(counts) == {counts[0]}
+
+
+def test_the_end_of_the_monitor_closes_what_was_added(bench):
+    bench.known(RUNNING)
+    plug(bench)
+    bench.answer(Created(7, ()))
+    bench.answer(Done(0, NO_DOMAIN, "connected", (ADDED,)))
+    bench.heard()
+    bench.broker._book.domain_gone(for_good=True)  # else the end of the process does it
+
+
+# What the kernel says
+
+
+@pytest.fixture
+def kernel(monkeypatch, tmp_path):
+    """The directory of the kernel's backend devices, with one for each that is seen."""
+    directory = tmp_path / "backends"
+    directory.mkdir()
+    monkeypatch.setattr(uevents, "DEVICES", str(directory))
+    for name in ("vbd-7-51712", "vif-7-0"):
+        (directory / name).mkdir()
+    return directory
+
+
+def event(bench, kind="vbd", device=51712):
+    import socket  # noqa: PLC0415 - here alone
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.sendto(f"remove backend/{kind}/7/{device} 1".encode(), bench.broker._uevents._path())
+    bench.turn()
+
+
+def test_a_device_that_something_else_removed_is_tidied_up(bench, kernel):
+    bench.known(RUNNING)
+    bench.broker._book.seen((SEEN, CARD))
+    event(bench)  # a lie, or late: the kernel still has it
+    assert bench.broker._work is None
+    (kernel / "vbd-7-51712").rmdir()
+    event(bench)
+    assert bench.job()[0].op is Op.SETTLE
+    bench.answer(Done(0, NO_DOMAIN, "", (CARD,)))
+    assert bench.broker._book.known == {(Kind.VIF, 0)}
+    event(bench)
+    assert bench.broker._work is None
+
+
+def test_an_event_of_another_domain_or_of_none_is_nothing(bench, kernel):
+    bench.known(RUNNING)
+    bench.broker._book.seen((SEEN,))
+    (kernel / "vbd-7-51712").rmdir()
+    path = bench.broker._uevents._path()
+    assert path.endswith("/domid-7")
+    bench.known(RUNNING.but(domid=8))
+    assert not os.path.exists(path)
+    bench.known(NO_DOMAIN)
+    assert bench.broker._uevents.fileno() == -1
+    assert bench.broker._work is None
+
+
+def test_tidying_up_gives_way_to_destroy(bench, kernel):
+    bench.known(RUNNING)
+    bench.broker._book.seen((SEEN,))
+    (kernel / "vbd-7-51712").rmdir()
+    event(bench)
+    settling = bench.builder
+    bench.ask(Op.DESTROY, 5)
+    assert settling.killed
+    messages = [bench.heard()] if not bench.broker._work or bench.broker._work.op is not Op.DESTROY else []
+    assert bench.job()[0].op is Op.DESTROY
+    assert all(isinstance(message, Failed) for message in messages)
+
+
+def test_a_flood_of_events_is_bounded(bench, kernel):
+    bench.known(RUNNING)
+    (kernel / "vbd-7-51712").rmdir()
+    jobs = 0
+    for _ in range(200):
+        bench.broker._book.seen((SEEN,))
+        event(bench)
+        if bench.broker._work:
+            jobs += 1
+            bench.answer(Done(0, NO_DOMAIN, "", (SEEN,)))
+    assert 1 <= jobs <= PERMITS[Op.SETTLE].per_minute
+
+
+# Time
+
+
+def test_a_job_has_the_time_that_its_worker_may_take():
+    """Else the broker would end a worker that is about to say what is wrong."""
+    to_let_go_s = devices.FORCED_WAIT_S + devices.GONE_WAIT_S
+    assert PERMITS[Op.UNPLUG].deadline_s > to_let_go_s
+    assert PERMITS[Op.SETTLE].deadline_s > devices.GONE_WAIT_S
+    assert PERMITS[Op.FIND].deadline_s > devices.GONE_WAIT_S
+    assert PERMITS[Op.DESTROY].deadline_s > devices.GONE_WAIT_S
+    # the old disc goes within the guest's patience, the new one is opened within as much
+    assert PERMITS[Op.PLUG].deadline_s > 2 * devices.BACKEND_WAIT_S + devices.FRONTEND_WAIT_S + devices.GONE_WAIT_S
