@@ -9,7 +9,7 @@ from backends import Kernel, Manner, Memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xenvm.boundary.devices import DeviceState, Kind, Vbd, Vif
+from xenvm.boundary.devices import DeviceState, Vbd, Vif
 from xenvm.boundary.frames import decode, encode
 from xenvm.boundary.messages import NO_DOMAIN, Done
 from xenvm.errors import TimeoutExpiredError
@@ -25,7 +25,7 @@ VALUES = st.one_of(
     st.sampled_from(
         [
             *(b"%d" % number for number in range(-1, 10)),
-            *(b"", b"99", b"4\0", b" 4", b"\xff\xfe", b"x" * 4096, "٤".encode()),
+            *(b"", b"99", b"4\0", b" 4", b"\xff\xfe", b"x" * 4096, "\u0664".encode()),
             *(b"/local/domain/0/backend/vbd/8/51712", b"/xenvm", b"../../0/backend", b"0", b"8"),
         ]
     ),
@@ -174,7 +174,7 @@ def test_a_device_taken_away_is_gone_or_still_whole(writes, manner, place, force
 def test_a_plug_that_stops_anywhere_is_undone_by_the_next_look(stop, connects):
     """A worker may be killed between any two requests; what it had begun goes, and the whole stays."""
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     @world
@@ -188,14 +188,14 @@ def test_a_plug_that_stops_anywhere_is_undone_by_the_next_look(stop, connects):
         def dying(path, value):
             left[0] -= 1
             if left[0] < 0:
-                raise Killed
+                raise KilledError
             write(path, value)
 
         store.write = dying
         try:
             devices.write(store, UUID, 7, DISKS[1:], CARDS)
             devices.connect(store, UUID, 7, DISKS[1:], CARDS)
-        except Killed:
+        except KilledError:
             pass
         store.write = write
         if connects:

@@ -309,7 +309,7 @@ def test_what_another_monitor_left_is_replaced(events):
         b"remove backend/vbd/7/../8/1 1",
         b"remove backend/vbd/7/51712 1\n",
         b"remove backend/vbd/7/51712 1\0",
-        "remove backend/vbd/٧/51712 1".encode(),
+        "remove backend/vbd/\u0667/51712 1".encode(),
         b"remove backend/vbd/7/9999999999 1",
         b"",
         b"\0" * 200,

@@ -2,6 +2,7 @@
 """The broker and the devices of its VM: jobs with their workers, changes by command, hints of udev."""
 
 import os
+import socket
 import stat
 
 import broker_bench
@@ -27,8 +28,9 @@ from xenvm.boundary.messages import (
     Unplug,
 )
 from xenvm.boundary.privileges import Role
-from xenvm.broker import core, disks, plugging, uevents
+from xenvm.broker import book, disks, plugging, uevents
 from xenvm.broker.phases import PERMITS, VmPhase
+from xenvm.broker.work import POSTPONED_LIMIT
 from xenvm.errors import BusyError, ExitCode
 from xenvm.helpers import devices
 
@@ -58,9 +60,10 @@ def bench(monkeypatch, tmp_path):
             return os.open(block, os.O_PATH)
 
         monkeypatch.setattr(disks, "open_disk", open_disk)
-        for module in (plugging, core.Book.__module__ and __import__("xenvm.broker.book", fromlist=["x"])):
+        for module in (plugging, book):
             monkeypatch.setattr(module, "end_server", lambda text: ended.append(text) if text else None)
         yield made
+        made.broker._book.domain_gone(for_good=True)  # else the end of the process does it
 
 
 def devices_of(bench, *, disks=(), nics=()):
@@ -171,16 +174,17 @@ def test_the_servers_of_the_domain_before_end_when_it_is_gone(bench):
 
 
 def test_a_second_word_that_the_nodes_are_there_is_out_of_place(bench):
-    devices_of(bench, disks=(DISK,)).known(NO_DOMAIN)
-    bench.ask(Op.BUILD, 3)
-    builder = bench.builder
+    bench.known(RUNNING)
+    plug(bench)
+    worker = bench.builder
     bench.job()
-    bench.answer(Created(8, ()))
-    said(builder)
-    tell(bench, builder, Created(9, ()))
-    assert builder.killed
-    assert bench.opened == ["xvda"]
-    assert {"role": "builder", "pid": builder.pid, "why": "message out of place"} in bench.acts.of("protocol")
+    bench.answer(Created(7, ()))
+    said(worker)
+    tell(bench, worker, Created(8, ()))
+    assert worker.killed
+    assert bench.opened == ["xvdb"]
+    assert {"role": "hotplug", "pid": worker.pid, "why": "message out of place"} in bench.acts.of("protocol")
+    assert bench.job()[0].op is Op.UNPLUG
 
 
 def test_a_builder_without_devices_that_claims_some_gets_none(bench):
@@ -298,18 +302,28 @@ def test_a_card_is_moved(bench):
     assert bench.heard().devices == (CARD,)
 
 
-def test_what_a_dead_worker_has_begun_is_taken_back(bench):
+@pytest.mark.parametrize(
+    "answer",
+    [Done(0, NO_DOMAIN, ""), Failed(0, Fault(3, "the guest has no vbd 51728", ""), NO_DOMAIN)],
+    ids=["was begun", "was not"],
+)
+def test_what_a_dead_worker_has_begun_is_taken_back(bench, answer):
     bench.known(RUNNING)
     plug(bench)
     bench.job()
     bench.answer(Created(7, ()))
     bench.builder.die()
     bench.turn()
-    assert "plug: its hotplug ended with status 0" in bench.refused()
+    assert bench.silent()  # it hears of it when nothing is left
     job, _ = bench.job()
     assert (job.op, job.kind, job.device, job.force) == (Op.UNPLUG, Kind.VBD, 51728, True)
-    bench.answer(Failed(0, Fault(3, "the guest has no vbd 51728", ""), NO_DOMAIN))
+    bench.answer(answer)
+    failed = bench.heard()
+    assert (failed.sequence, "plug: its hotplug ended with status 0" in failed.fault.message) == (9, True)
+    assert bench.silent()
     assert bench.broker._work is None
+    bench.ask(Op.REBUILD)
+    assert bench.job()[0].vbds == ()
 
 
 def test_a_card_is_taken_back_too(bench):
@@ -317,10 +331,11 @@ def test_a_card_is_taken_back_too(bench):
     bench.send(Plug(9, (), (NIC.but(id=4),)))
     bench.broker._work.end = 0.0
     bench.turn()
-    assert "no answer within" in bench.refused(ExitCode.TIMED_OUT)
     job, _ = bench.job()
     assert (job.op, job.kind, job.device) == (Op.UNPLUG, Kind.VIF, 4)
     assert workers(Role.NETWORK) == []
+    bench.answer(Done(0, NO_DOMAIN, ""))
+    assert "no answer within" in bench.refused(ExitCode.TIMED_OUT)
 
 
 def test_an_encrypted_disk_of_the_config_comes_through_its_worker(bench, tmp_path):
@@ -372,15 +387,6 @@ def test_many_changes_leave_no_descriptor(bench):
     assert set(counts) == {counts[0]}
 
 
-def test_the_end_of_the_monitor_closes_what_was_added(bench):
-    bench.known(RUNNING)
-    plug(bench)
-    bench.answer(Created(7, ()))
-    bench.answer(Done(0, NO_DOMAIN, "connected", (ADDED,)))
-    bench.heard()
-    bench.broker._book.domain_gone(for_good=True)  # else the end of the process does it
-
-
 # What the kernel says
 
 
@@ -396,8 +402,6 @@ def kernel(monkeypatch, tmp_path):
 
 
 def event(bench, kind="vbd", device=51712):
-    import socket  # noqa: PLC0415 - here alone
-
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.sendto(f"remove backend/{kind}/7/{device} 1".encode(), bench.broker._uevents._path())
     bench.turn()
@@ -441,6 +445,48 @@ def test_tidying_up_gives_way_to_destroy(bench, kernel):
     messages = [bench.heard()] if not bench.broker._work or bench.broker._work.op is not Op.DESTROY else []
     assert bench.job()[0].op is Op.DESTROY
     assert all(isinstance(message, Failed) for message in messages)
+
+
+def settling(bench, kernel):
+    """Let the broker tidy up of its own accord."""
+    bench.known(RUNNING)
+    bench.broker._book.seen((SEEN, CARD))
+    (kernel / "vbd-7-51712").rmdir()
+    event(bench)
+    assert bench.job()[0].op is Op.SETTLE
+
+
+def test_requests_wait_for_what_the_broker_does_by_itself(bench, kernel):
+    settling(bench, kernel)
+    plug(bench, sequence=9)
+    bench.ask(Op.QUERY, 10)
+    assert bench.silent()
+    bench.answer(Done(0, NO_DOMAIN, "", (CARD,)))
+    while bench.broker._work.op is Op.SETTLE:
+        bench.turn()
+    job, _ = bench.job()
+    assert (job.op, [vbd.name for vbd in job.vbds]) == (Op.PLUG, ["xvdb"])
+
+
+def test_a_supervisor_cannot_have_requests_wait_without_end(bench, kernel):
+    settling(bench, kernel)
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(100):
+        plug(bench, sequence=number)
+    assert len(os.listdir("/proc/self/fd")) == before + POSTPONED_LIMIT
+    assert "busy with settle" in bench.refused(ExitCode.BUSY)
+
+
+def test_what_waits_is_forgotten_with_its_supervisor(bench, kernel):
+    """The next one counts anew: it must not hear an answer to what it has not asked."""
+    settling(bench, kernel)
+    before = len(os.listdir("/proc/self/fd"))
+    plug(bench, sequence=1)
+    bench.supervisor.die()
+    bench.turn()
+    assert bench.broker._supervisor.role is Role.SUPERVISOR
+    assert not bench.broker._postponed
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 
 def test_a_flood_of_events_is_bounded(bench, kernel):

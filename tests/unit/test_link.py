@@ -13,7 +13,7 @@ from xenvm.helpers.network.link import Link, attributes
 from xenvm.helpers.network.main import BACKEND_MAC
 
 ADDRESS = bytes.fromhex("feffffffffff")
-PORT, BRIDGE = Link(12, False, 1500, "vif"), Link(5, True, 9000, "bridge")  # noqa: FBT003
+PORT, BRIDGE = Link(12, False, 1500, "vif"), Link(5, True, 9000, "bridge")
 
 
 class Route:
@@ -47,7 +47,7 @@ def refusal(number):
 
 def test_an_interface_is_asked_for_by_name():
     route = Route(found(12, attribute(3, b"vif7.0\0"), attribute(4, struct.pack("=I", 1400))))
-    assert link.find(route, "vif7.0") == Link(12, True, 1400, "")  # noqa: FBT003
+    assert link.find(route, "vif7.0") == Link(12, True, 1400, "")
     assert route.sent == [
         struct.pack("=IHHII", 44, 18, 1, 1, 0) + bytes(16) + struct.pack("=HH", 11, 3) + b"vif7.0\0" + b"\0"
     ]

@@ -14,8 +14,8 @@ from xenvm.model import (
     Uuid,
     derived_mac,
     disk_slot,
-    same_disk,
     parse_uuid,
+    same_disk,
     virtual_device_number,
 )
 

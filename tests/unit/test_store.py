@@ -130,6 +130,24 @@ def test_a_node_that_is_not_there_has_no_value(peers):
     store.remove("/a")
 
 
+def test_the_names_of_a_nodes_children(peers):
+    store, xenstored = peers
+    xenstored.nodes = {b"/a": b"", b"/a/51712": b"", b"/a/\xff": b"", b"/b": b""}
+    assert store.names("/a") == ["51712", "\ufffd"]
+    assert store.names("/b") == []
+    assert store.names("/none") == []
+
+
+@pytest.mark.parametrize("name", ["EACCES", "E2BIG", "EINVAL"])
+def test_children_that_cannot_be_listed_are_an_error(peers, name):
+    """Not none at all: what was not listed would never be removed."""
+    store, xenstored = peers
+    body = name.encode() + b"\0"
+    raw(xenstored, lambda request, transaction: HEADER.pack(ERROR, request, transaction, len(body)) + body)
+    with pytest.raises(StoreError, match="list /a"):
+        store.names("/a")
+
+
 def test_every_other_request(peers):
     store, xenstored = peers
     store.make("/a")

@@ -167,7 +167,7 @@ def test_a_card_to_move():
         ("nic-add", {"bridge": "b" * 16}, "no name of an interface"),
         ("nic-add", {"id": "32"}, "id: '32' is no number from 0 to 31"),
         ("nic-add", {"id": "-1"}, "no number from 0 to 31"),
-        ("nic-add", {"id": "٤"}, "no number from 0 to 31"),
+        ("nic-add", {"id": "\u0664"}, "no number from 0 to 31"),
         ("nic-add", {"id": "1" * 5000}, "no number from 0 to 31"),
         ("doctor", {"clean": "x"}, "neither true nor false"),
     ],

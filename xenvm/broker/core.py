@@ -44,7 +44,7 @@ from xenvm.broker.children import Child
 from xenvm.broker.phases import ON_DEVICES, PERMITS, REBUILDING, START_DEADLINE_S, WITH_ARGUMENTS, VmPhase
 from xenvm.broker.plugging import Plugging, Wanted
 from xenvm.broker.uevents import Uevents
-from xenvm.broker.work import Change, Work, allow, failed
+from xenvm.broker.work import POSTPONED_LIMIT, Change, Work, allow, failed, forget
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 
 TYPE_CHECKING = False
@@ -201,9 +201,7 @@ class Broker:
         if self._work:
             self._work.stop()
             self._work.close()
-        for _, descriptors in self._postponed:
-            for descriptor in descriptors:
-                os.close(descriptor)
+        forget(self._postponed)
         self._uevents.follow(-1)
 
     # Children
@@ -264,7 +262,8 @@ class Broker:
 
     def _must_wait(self, message: Message) -> bool:
         """Tell whether a request has to wait for a job that the broker does of its own accord, and not for long."""
-        if not self._work or self._work.op is not Op.SETTLE or self._work.sequence:
+        own = self._work and self._work.op is Op.SETTLE and not self._work.sequence
+        if not own or len(self._postponed) >= POSTPONED_LIMIT:
             return False
         if isinstance(message, Ask):
             return message.op is not Op.DESTROY and message.op in PERMITS and PERMITS[message.op].deadline_s > 0
@@ -319,6 +318,7 @@ class Broker:
             self._watcher_due = time.monotonic() + pause_s
             return
         self._supervisor = None
+        forget(self._postponed)
         if not self._work:  # else its end brings the new supervisor up to date
             self._begin(0, Op.FIND, PERMITS[Op.FIND].deadline_s)
         else:

@@ -37,7 +37,7 @@ _ABSENT: Final = frozenset({VmPhase.ABSENT})
 
 PERMITS: Final[Mapping[Op, Permit]] = MappingProxyType(
     {
-        Op.FIND: Permit(_ANY, 60, 30),
+        Op.FIND: Permit(_ANY, 60, 90),
         Op.BUILD: Permit(_ABSENT, 30, 600),
         Op.BUILD_PAUSED: Permit(_ABSENT, 30, 600),
         Op.REBUILD: Permit(_BUILT, 60, 720),
@@ -51,8 +51,8 @@ PERMITS: Final[Mapping[Op, Permit]] = MappingProxyType(
         Op.FORCE_POWEROFF: Permit(_BUILT, 120, 30),
         Op.DESTROY: Permit(_ANY, 120, 180),
         Op.DEVICES: Permit(_BUILT, 600, 30),
-        Op.PLUG: Permit(_BUILT, 600, 60),
-        Op.UNPLUG: Permit(_BUILT, 600, 30),
+        Op.PLUG: Permit(_BUILT, 600, 120),
+        Op.UNPLUG: Permit(_BUILT, 600, 60),
         Op.REBRIDGE: Permit(_BUILT, 600, 30),
         Op.SETTLE: Permit(_BUILT, 60, 60),
         Op.CONSOLE: Permit(_BUILT, 120, 30),

@@ -13,6 +13,7 @@ from xenvm.record import Record
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections import deque
+    from typing import Final
 
     from xenvm.boundary.checks import Message
     from xenvm.boundary.devices import Kind
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from xenvm.broker.children import Child
     from xenvm.broker.plugging import Plugging
     from xenvm.errors import XenvmError
+
+POSTPONED_LIMIT: Final = 16  # an honest supervisor asks for one thing after the other
 
 
 class Change(Record):
@@ -68,6 +71,13 @@ class Work:
 def failed(sequence: int, error: XenvmError, domain: Domain) -> Failed:
     """Return the answer to a request that ended in `error`; `domain` is what is known of it."""
     return Failed(sequence, Fault(int(error.code) or 1, error.message[:4000], error.hint[:1000]), domain)
+
+
+def forget(postponed: deque[tuple[Message, list[int]]]) -> None:
+    """Drop requests whose supervisor is gone: to the next one their numbers mean something else."""
+    while postponed:
+        for descriptor in postponed.popleft()[1]:
+            os.close(descriptor)
 
 
 def allow(times: deque[float], per_minute: int) -> bool:
