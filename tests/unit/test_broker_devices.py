@@ -173,6 +173,18 @@ def test_the_servers_of_the_domain_before_end_when_it_is_gone(bench):
     assert bench.ended == ["4711 99"]
 
 
+def test_they_end_too_when_the_next_domain_cannot_be_built_or_has_no_devices(bench):
+    bench.known(RUNNING)
+    bench.broker._book.seen((ADDED,))
+    bench.ask(Op.REBUILD)
+    bench.answer(Failed(0, Fault(1, "memory: 5 MiB are free", ""), NO_DOMAIN))
+    assert bench.ended == ["4711 99"]
+    bench.known(RUNNING)
+    bench.ask(Op.REBUILD)
+    bench.answer(Created(8, (ADDED.but(server="4712 5"),)))
+    assert bench.ended == ["4711 99", "4712 5"]
+
+
 def test_a_second_word_that_the_nodes_are_there_is_out_of_place(bench):
     bench.known(RUNNING)
     plug(bench)

@@ -251,6 +251,16 @@ def test_a_job_without_devices_needs_no_talk(bench):
     assert bench.nodes() == []
 
 
+def test_the_devices_of_the_domain_before_are_passed_on_also_when_the_next_one_has_none(bench):
+    """What served them must not stay."""
+    earlier = (DeviceState(Kind.VBD, 51712, "xvda", 4, 4, False, "qcow:/a", "", "4711 5"),)
+    exchange = talk(bench, vbds=())
+    exchange.begin(9, earlier)
+    assert bench.heard() == Created(9, earlier)
+    exchange.finish(9)
+    assert bench.nodes() == []
+
+
 def test_the_devices_of_the_domain_before_are_passed_on(bench):
     earlier = (DeviceState(Kind.VBD, 51712, "xvda", 4, 4, False, "qcow:/a", "", "4711 5"),)
     talk(bench).begin(9, earlier)

@@ -138,6 +138,7 @@ class Broker:
         if self._uevents.fileno() >= 0:
             poll.register(self._uevents.fileno(), select.POLLIN)
         children = [child for child in (self._supervisor, self._watcher) if child is not None] + self._workers()
+        children += self._spares.values() if self._spare_until else []  # they greet
         for child in children:
             poll.register(child.channel.fileno(), select.POLLIN)
             poll.register(child.pidfd, select.POLLIN)
@@ -306,6 +307,9 @@ class Broker:
         if work and work.plugging and child in work.plugging.children:
             self._plugged(work, lambda plugging: plugging.gone(child))
             return
+        if self._spares.get(child.role) is child:
+            del self._spares[child.role]
+            child.end()
         if child not in (self._supervisor, self._watcher):
             return
         child.end()
@@ -506,6 +510,7 @@ class Broker:
             work.close()
             if work.op in REBUILDING:
                 self._set_phase(VmPhase.ABSENT, -1)
+                self._book.domain_gone(for_good=False)
                 if work.result is None:  # killed in the middle: what it had half done is removed before anybody hears
                     self._tidy_up()
             answer = work.answer or Failed(work.sequence, message.fault, self._known())

@@ -30,8 +30,10 @@ class Devices:
 
         `earlier` are the devices of a domain that was before, which processes outside may still serve.
         """
-        if self._job.vbds or self._job.vifs:
+        wanted = bool(self._job.vbds or self._job.vifs)
+        if wanted:
             devices.write(self._store, self._job.uuid, domid, self._job.vbds, self._job.vifs)
+        if wanted or earlier:
             self.announce(domid, earlier)
 
     def announce(self, domid: int, earlier: tuple[DeviceState, ...] = ()) -> None:
