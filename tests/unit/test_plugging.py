@@ -10,15 +10,22 @@ from pathlib import Path
 import pytest
 from children import FakeChild
 
-from xenvm.boundary.devices import DiskGrant, Vif
+from xenvm.boundary.devices import DISKS_LIMIT, NICS_LIMIT, DeviceState, DiskGrant, Kind, Vif
+from xenvm.boundary.frames import BODY_LIMIT_BYTES, encode
 from xenvm.boundary.messages import (
     NO_DOMAIN,
     Connect,
+    CpuidRule,
     Decrypt,
     Done,
     Failed,
     Fault,
+    Grants,
+    HostPolicy,
+    Job,
     Join,
+    Op,
+    Parsed,
     Progress,
     Serve,
     Served,
@@ -247,6 +254,22 @@ def test_a_path_is_shown_as_xenstore_takes_it(bench, path, source):
     (vbd,) = bench.plug(PHY.but(path=path)).planned
     assert vbd.source == source
     assert type(vbd).from_body(vbd.as_body()) == vbd
+
+
+def test_a_job_with_every_disk_and_card_there_may_be_fits_into_a_frame(bench):
+    """Else it could not be sent: the grants take half of a frame at most, since the config's answer repeats them."""
+    grants = tuple(PHY.but(device=1 << 28 | n << 8, name=f"d{n}p0", path="/" + "x" * 4000) for n in range(DISKS_LIMIT))
+    cards = tuple(Vif(n, "b" * 15, "00:16:3e:00:00:01") for n in range(NICS_LIMIT))
+    planned = bench.plug(*grants, begin=False).planned
+    granted = Grants(*(UUID, "web", "/k", "", "", 64, 64, 1, True, (), (), False, "", (), (), 40))
+    granted = granted.but(cpuid=tuple(CpuidRule(n, -1, ("1" * 32,) * 4) for n in range(140)))
+    assert len(encode(Parsed((), (granted,), (), HostPolicy("", ()), {}, (), False))) > BODY_LIMIT_BYTES // 3
+    encode(Job(Op.REBUILD, UUID, 7, granted, planned, cards))
+    states = tuple(
+        DeviceState(Kind.VBD, vbd.device, vbd.name, 4, 4, False, vbd.source, "", "4194304 99999999999")
+        for vbd in planned
+    ) + tuple(DeviceState(Kind.VIF, vif.id, "0", 4, 4, False, vif.mac, vif.bridge, "") for vif in cards)
+    encode(Done(0, NO_DOMAIN, "", states))
 
 
 # What goes wrong

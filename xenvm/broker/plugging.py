@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     Opening = Generator[Child, Answer, int]
 
 RUN_DIRECTORY: Final = "/run/xenvm"
-SOURCE_LIMIT: Final = 1000
+SOURCE_LIMIT: Final = 400  # of each disk that a guest may have, beside the grants, in one frame
 
 
 class Wanted(Record):
