@@ -38,7 +38,8 @@ def values(check):
         return st.integers(bounds["low"], bounds["high"])
     if made_by == "string":
         if bounds["pattern"] is not None:
-            return st.from_regex(bounds["pattern"], fullmatch=True)
+            fitting = st.from_regex(bounds["pattern"], fullmatch=True)
+            return fitting.filter(lambda text: len(text) <= bounds["limit"])
         return st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=bounds["limit"])
     if made_by == "choice":
         return st.sampled_from(bounds["kind"])
