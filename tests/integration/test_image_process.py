@@ -84,7 +84,7 @@ class Session:
         hello, _ = child.channel.receive(deadline_s=WAIT_S)
         assert isinstance(hello, Hello), hello
         self.proof = json.loads(hello.proof)
-        child.channel.send(Serve(form, read_only), [descriptor, listening.fileno(), self.client.fileno()])
+        child.channel.send(Serve(form, read_only, "xenvm-test"), [descriptor, listening.fileno(), self.client.fileno()])
         os.close(descriptor)
         listening.close()
         self.answer, _ = child.channel.receive(deadline_s=WAIT_S)
@@ -329,7 +329,7 @@ def test_a_client_that_is_not_connected(user, tmp_path):
     stranger, other = socket.socketpair()
     other.close()
     descriptor = os.open(path, os.O_RDWR)
-    child.channel.send(Serve("qcow", False), [descriptor, listening.fileno(), stranger.fileno()])
+    child.channel.send(Serve("qcow", False, "xenvm-test"), [descriptor, listening.fileno(), stranger.fileno()])
     os.close(descriptor)
     answer, _ = child.channel.receive(deadline_s=WAIT_S)
     child.end(grace_ms=WAIT_S * 1000)
@@ -370,7 +370,7 @@ def test_without_the_program_the_error_names_the_package(tmp_path, monkeypatch):
         try:
             prctl.set_no_new_privs(1)
             monkeypatch.setattr(server, "PROGRAM", "/no/such/program")
-            server.Server(os.open(path, os.O_RDWR), "qcow2", 0, read_only=False)
+            server.Server(os.open(path, os.O_RDWR), "qcow2", "xenvm-test", 0, read_only=False)
         except XenvmError as error:
             os.write(writing, f"{error.message} | {error.hint}".encode())
         finally:

@@ -53,7 +53,7 @@ def test_a_request_without_its_descriptors(count, tmp_path):
 def test_without_the_module_it_says_how_to_load_it(tmp_path):
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        _, answer, _ = ask(Connect(1 << 20, 1, False), [ours.fileno()], tmp_path)
+        _, answer, _ = ask(Connect(1 << 20, 1, False, "xenvm-test"), [ours.fileno()], tmp_path)
     assert isinstance(answer, Failed)
     assert "module nbd" in answer.fault.message
     assert "modprobe nbd max_part=0" in answer.fault.hint

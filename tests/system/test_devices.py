@@ -2,6 +2,7 @@
 """Disks and network cards of PV guests on real backends."""
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -131,6 +132,9 @@ def test_image_formats_are_served_without_privilege(vm, image, kind, form):
     guest.up()
     assert len(devices()["nbds"]) == 2
     assert servers() == 2
+    audited = run("xenvm-audit", "--json", guest.uuid)
+    assert audited.returncode == 0, audited.stdout
+    assert [one["role"] for one in json_of(audited)["audited"]].count("image") == 2  # nobody's children, and yet seen
     guest.shell("dd if=/dev/xvdb of=/dev/xvda bs=1M count=64 conv=fsync")
     guest.shell("dd if=/dev/zero of=/dev/xvdb bs=512 count=1", code=1)
     guest.cmd("restart", "timeout=100")
@@ -140,6 +144,40 @@ def test_image_formats_are_served_without_privilege(vm, image, kind, form):
     for path in (written, fixed):
         assert run("qemu-img", "convert", "-f", form, "-O", "raw", str(path), str(raw)).returncode == 0
         assert raw.read_bytes()[: len(PATTERN)] == PATTERN
+
+
+@pytest.mark.long
+def test_what_dead_workers_left_is_named_and_removed(vm, image):
+    """A mapping, and an image server whose broker died before it had noted it: doctor, and the next monitor."""
+    stored = image("disk.qcow2")
+    stored.unlink()
+    assert run("qemu-img", "create", "-q", "-f", "qcow2", str(stored), str(16 * MIB)).returncode == 0
+    guest = quiet(vm)
+    guest.start()
+    guest.up()
+
+    def leave(device):
+        name = f"xenvm-{guest.uuid}-{device}"
+        assert run("dmsetup", "create", name, "--table", "0 8 zero").returncode == 0
+        words = ["/usr/bin/qemu-storage-daemon", "--blockdev", "driver=null-co,node-name=image"]
+        words += ["--export", f'{{"type":"nbd","id":"{name}","node-name":"image","name":""}}']
+        words += ["--nbd-server", "addr.type=unix,addr.path=/tmp/xenvm-test-stray"]
+        subprocess.Popen(words, user="xenvm-image", stderr=subprocess.DEVNULL)
+        until(lambda: servers() == 1, "a stray server")
+
+    before = devices()
+    leave(51776)
+    said = guest.cmd("doctor", code=1).stdout
+    assert f"mapping xenvm-{guest.uuid}-51776: no disk uses it" in said
+    assert re.search(r"image server \d+: no disk uses it", said)
+    guest.cmd("doctor", "clean=true", code=None)
+    assert (devices(), servers()) == (before, 0)
+    assert guest.cmd("doctor").stdout == ""
+    leave(51776)
+    kill(guest.broker())
+    until(lambda: not processes(), "its processes have ended")
+    guest.start()
+    until(lambda: (devices(), servers()) == (before, 0), "the next monitor has removed it")
 
 
 def servers():

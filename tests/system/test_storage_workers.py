@@ -21,6 +21,7 @@ pytestmark = pytest.mark.long
 WAIT_S = 120
 MIB = 1 << 20
 SIZE = 16 * MIB
+LABEL = "xenvm-test-image"
 KEY = bytes(range(1, 65))
 CAP_SYS_ADMIN = 21  # linux/capability.h
 
@@ -95,7 +96,7 @@ class Bench:
         image = os.open(path, os.O_RDONLY if read_only else os.O_RDWR)
         with listening:
             descriptors = [image, listening.fileno(), client.fileno()]
-            _, answer, _ = self.ask(Role.IMAGE, Serve(kind, read_only), descriptors)
+            _, answer, _ = self.ask(Role.IMAGE, Serve(kind, read_only, LABEL), descriptors)
         os.close(image)
         assert isinstance(answer, Served), answer
         self.pids.add(answer.pid)
@@ -105,7 +106,7 @@ class Bench:
         """Make a kernel device of an image; return the server's pid, the open device and its path."""
         served, client = self.serve(path, kind, read_only=read_only)
         with client:
-            message = Connect(served.size_bytes, served.flags, read_only)
+            message = Connect(served.size_bytes, served.flags, read_only, LABEL)
             proof, answer, came = self.ask(Role.STORAGE, message, [client.fileno()])
         assert isinstance(answer, Done), answer
         assert (
@@ -276,14 +277,14 @@ def test_a_connection_that_is_none(bench):
     ours, theirs = socket.socketpair()
     with theirs, ours:
         ours.close()
-        _, answer, _ = bench.ask(Role.STORAGE, Connect(SIZE, 1, False), [theirs.fileno()])
+        _, answer, _ = bench.ask(Role.STORAGE, Connect(SIZE, 1, False, LABEL), [theirs.fileno()])
         if isinstance(answer, Done):  # the kernel takes any stream socket; the device then has errors, and goes
             node = answer.text
             for descriptor in list(bench.open - {bench.log}):
                 bench.close(descriptor)
             until(lambda: free(node), "the nbd device is free")
     with (bench.directory / "file").open("wb") as file:
-        _, answer, _ = bench.ask(Role.STORAGE, Connect(SIZE, 1, False), [file.fileno()])
+        _, answer, _ = bench.ask(Role.STORAGE, Connect(SIZE, 1, False, LABEL), [file.fileno()])
     assert isinstance(answer, Failed), answer
     assert "the kernel makes no block device of the image" in answer.fault.message
 

@@ -282,7 +282,7 @@ def test_a_card_for_a_bridge_that_is_not_open_to_the_vm(bench, monkeypatch):
 def test_a_device_is_taken_away(bench):
     bench.known(RUNNING)
     bench.broker._book.seen((ADDED,))
-    bench.send(Unplug(9, Kind.VBD, 51728, True, 5))
+    bench.send(Unplug(9, Kind.VBD, 51728, False, True, 5))
     job, _ = bench.job()
     assert (job.op, job.kind, job.device, job.force, job.timeout_s) == (Op.UNPLUG, Kind.VBD, 51728, True, 5)
     assert bench.broker._work.deadline_s == PERMITS[Op.UNPLUG].deadline_s + 5
@@ -294,7 +294,7 @@ def test_a_device_is_taken_away(bench):
 def test_a_device_that_the_guest_keeps_keeps_its_server(bench):
     bench.known(RUNNING)
     bench.broker._book.seen((ADDED,))
-    bench.send(Unplug(9, Kind.VBD, 51728, False, 5))
+    bench.send(Unplug(9, Kind.VBD, 51728, False, False, 5))
     bench.answer(Failed(0, Fault(7, "vbd 51728: the guest did not let go", ""), NO_DOMAIN))
     assert "did not let go" in bench.refused(ExitCode.TIMED_OUT)
     assert bench.ended == []
@@ -391,7 +391,7 @@ def test_many_changes_leave_no_descriptor(bench):
         said(bench.builder)
         bench.answer(Done(0, NO_DOMAIN, "connected", (ADDED,)))
         bench.heard()
-        bench.send(Unplug(9, Kind.VBD, 51728, False, 5))
+        bench.send(Unplug(9, Kind.VBD, 51728, False, False, 5))
         bench.job()
         bench.answer(Done(0, NO_DOMAIN, ""))
         bench.heard()

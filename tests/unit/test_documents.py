@@ -244,7 +244,7 @@ def test_nothing_unfinished_and_no_registry_is_named():
 
 # The import linter sees compiled modules only as imports of the package, so who has which is checked here.
 COMPILED = {
-    "_xen": {"xenvm/helpers/builder/xen.py", "xenvm/helpers/builder/pv.py"},
+    "_xen": {"xenvm/helpers/builder/xen.py"},
     "_confine": {"xenvm/boundary/confine.py", "xenvm/boundary/proof.py"},
 }
 

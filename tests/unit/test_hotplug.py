@@ -192,6 +192,15 @@ def test_force_takes_it_away_from_a_guest_that_does_not_let_go(bench):
     assert bench.run(Op.UNPLUG, kind=Kind.VBD, device=51712, timeout_s=2, force=True).devices == ()
 
 
+def test_only_a_disc_is_ejected(bench):
+    bench.plug(PLANNED)
+    with pytest.raises(WrongStateError, match="no disc in a CD drive"):
+        bench.run(Op.UNPLUG, kind=Kind.VBD, device=51712, disc=True, force=True)
+    assert bench.run(Op.UNPLUG, kind=Kind.VBD, device=51712, force=True).devices == ()
+    bench.plug(CD)
+    assert bench.run(Op.UNPLUG, kind=Kind.VBD, device=51728, disc=True, force=True).devices == ()
+
+
 @pytest.mark.parametrize(("kind", "device"), [(Kind.VBD, 51712), (Kind.VIF, 0), (Kind.VBD, 0)])
 def test_a_device_that_is_not_there_is_not_taken_away(bench, kind, device):
     bench.store.write("/local/domain/0/backend/vbd/7/51712/frontend", "somebody else's")

@@ -146,7 +146,7 @@ def test_a_server_that_says_nothing():
 @pytest.mark.parametrize("driver", ["qcow", "qcow2", "vpc"])
 @pytest.mark.parametrize("read_only", [True, False])
 def test_the_arguments_are_what_qemu_reads(driver, read_only):
-    words = server.command(driver, device=False, read_only=read_only)
+    words = server.command(driver, "xenvm-test", device=False, read_only=read_only)
     below, image, export = json.loads(words[2]), json.loads(words[4]), json.loads(words[8])
     assert words[0] == "/usr/bin/qemu-storage-daemon"
     assert (below["driver"], image["driver"]) == ("file", driver)
@@ -154,4 +154,6 @@ def test_the_arguments_are_what_qemu_reads(driver, read_only):
     assert below["cache"] == {"direct": True, "no-flush": False}
     assert image["file"] == below["node-name"]
     assert ("backing" in image, image.get("backing")) == (driver != "vpc", None)
-    assert json.loads(server.command(driver, device=True, read_only=read_only)[2])["driver"] == "host_device"
+    assert (
+        json.loads(server.command(driver, "xenvm-test", device=True, read_only=read_only)[2])["driver"] == "host_device"
+    )

@@ -96,7 +96,7 @@ def test_a_supervisor_names_nothing():
     assert Ask.FIELDS == ("sequence", "op", "text", "code")
     assert Watch.FIELDS == ("event",)
     assert Plug.FIELDS == ("sequence", "disks", "nics")
-    assert Unplug.FIELDS == ("sequence", "kind", "device", "force", "timeout_s")
+    assert Unplug.FIELDS == ("sequence", "kind", "device", "disc", "force", "timeout_s")
     assert Rebridge.FIELDS == ("sequence", "device", "bridge")
 
 

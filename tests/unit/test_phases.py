@@ -38,7 +38,7 @@ PHASES = {VmPhase.ABSENT: NO_DOMAIN, VmPhase.BUILT: RUNNING}
 WITH_HELPER = sorted(op for op, permit in PERMITS.items() if permit.deadline_s)
 REQUESTS = {
     Op.PLUG: Plug(9, (), (NicGrant(3, "br0", "00:16:3e:00:00:03"),)),
-    Op.UNPLUG: Unplug(9, Kind.VBD, 51712, False, 5),
+    Op.UNPLUG: Unplug(9, Kind.VBD, 51712, False, False, 5),
     Op.REBRIDGE: Rebridge(9, 0, "br0"),
 }
 

@@ -178,10 +178,10 @@ def test_the_worker_for_cards_starts_early_and_hears_the_domain_late(bench):
 def test_an_image_goes_through_two_workers(bench):
     """Served by one without privilege, made a block device by one that never sees the image."""
     made = bench.plug(IMAGE)
-    assert bench.request(Role.IMAGE) == (Serve("qcow", True), 3)
+    assert bench.request(Role.IMAGE) == (Serve("qcow", True, f"xenvm-{UUID}-51744"), 3)
     assert made.ready is None
     bench.answer(made, Role.IMAGE, Served(1 << 20, 0x46D, 4711))
-    assert bench.request(Role.STORAGE) == (Connect(1 << 20, 0x46D, True), 1)
+    assert bench.request(Role.STORAGE) == (Connect(1 << 20, 0x46D, True, f"xenvm-{UUID}-51744"), 1)
     assert made.ready is None
     bench.give(made)
     assert [(vbd.server, vbd.minor) for vbd in made.ready] == [("4711 99", 63)]

@@ -21,7 +21,7 @@ def test_attributes_are_padded_and_found_again():
 
 
 def test_the_request_to_connect():
-    made = nbd.request(27, nbd.NBD_CMD_CONNECT, 5, nbd.connect_attributes(1 << 20, 0x46D, 9))
+    made = nbd.request(27, nbd.NBD_CMD_CONNECT, 5, nbd.connect_attributes(1 << 20, 0x46D, 9, "xenvm-test"))
     assert struct.unpack_from("=IHHII", made) == (len(made), 27, 5, 5, 0)
     assert made[16:20] == b"\x01\x01\0\0"
     found = nbd.parse_attributes(made[20:])
@@ -31,7 +31,8 @@ def test_the_request_to_connect():
     # nested twice: the list has items, an item has the descriptor
     assert nbd.parse_attributes(nbd.parse_attributes(found[7])[1]) == {1: (9).to_bytes(4, "little")}
     assert found[4] == nbd.TIMEOUT_S.to_bytes(8, "little")
-    assert set(found) == {2, 3, 4, 5, 7}  # no index: the kernel chooses
+    assert found[10] == b"xenvm-test\0"
+    assert set(found) == {2, 3, 4, 5, 7, 10}  # no index: the kernel chooses
 
 
 def error(number, sequence=1):
@@ -215,3 +216,17 @@ def test_what_is_left_is_said(monkeypatch):
     with pytest.raises(XenvmError) as caught:
         crypt._map(3, decrypt(), crypt.table("aes", KEY, (7, 1), 8))
     assert caught.value.message.endswith("; the mapping x is left (Device or resource busy)")
+
+
+def test_mappings_that_were_left_are_removed(monkeypatch):
+    kernel = FakeMapper()
+    monkeypatch.setattr(crypt.fcntl, "ioctl", kernel)
+    monkeypatch.setattr(crypt, "CONTROL", "/dev/null")
+    crypt.remove_mappings(("a", "b"))
+    assert [request for request, _ in kernel.seen] == [crypt.DM_DEV_REMOVE] * 2
+    crypt_gone = FakeMapper({crypt.DM_DEV_REMOVE: 6})  # ENXIO: it is gone already
+    monkeypatch.setattr(crypt.fcntl, "ioctl", crypt_gone)
+    crypt.remove_mappings(("a",))
+    monkeypatch.setattr(crypt.fcntl, "ioctl", FakeMapper({crypt.DM_DEV_REMOVE: 1}))
+    with pytest.raises(XenvmError, match="the mapping a cannot be removed: Operation not permitted"):
+        crypt.remove_mappings(("a",))

@@ -101,6 +101,52 @@ def peers():
         yield store, xenstored
 
 
+PART = 22  # XS_DIRECTORY_PART
+
+
+class Crowded(Xenstored):
+    """One whose lists are longer than an answer; `changes` is how often a list changes between two parts."""
+
+    changes = 0
+
+    def carry_out(self, kind, payload):
+        if kind == DIRECTORY:
+            return ERROR, b"E2BIG\0"
+        if kind != PART:
+            return super().carry_out(kind, payload)
+        offset = int(payload.split(b"\0")[1])
+        if offset and self.changes:
+            self.changes -= 1
+            self.nodes[b"new%d" % self.changes] = b""
+        whole = b"".join(node + b"\0" for node in self.nodes) + b"\0"
+        return kind, b"%d\0" % len(self.nodes) + whole[offset : offset + 1000]
+
+
+@pytest.mark.parametrize("count", [0, 1, 37, 400])
+@pytest.mark.parametrize("changes", [0, 3])
+def test_a_list_longer_than_an_answer_comes_in_parts(count, changes):
+    ours, theirs = socket.socketpair()
+    with ours, Crowded(theirs) as xenstored:
+        xenstored.nodes, xenstored.changes = {b"node-%05d" % number: b"" for number in range(count)}, changes
+        assert Store(ours).names("/local") == [name.decode() for name in xenstored.nodes]
+        assert all(payload.startswith(b"/local\0") for _, _, payload in xenstored.requests)
+
+
+def test_a_list_that_changes_all_the_time_is_given_up():
+    ours, theirs = socket.socketpair()
+    with ours, Crowded(theirs) as xenstored:
+        xenstored.nodes, xenstored.changes = {b"node-%05d" % number: b"" for number in range(400)}, 1 << 20
+        with pytest.raises(StoreError, match="changes all the time"):
+            Store(ours).names("/local")
+
+
+def test_a_xenstored_that_knows_no_parts_is_named(peers):
+    store, xenstored = peers
+    xenstored.carry_out = lambda kind, _payload: (ERROR, b"E2BIG\0" if kind == DIRECTORY else b"ENOSYS\0")
+    with pytest.raises(StoreError, match="ENOSYS; the list is too long for one answer"):
+        store.names("/local")
+
+
 def kinds(xenstored):
     return [kind for kind, _, _ in xenstored.requests]
 

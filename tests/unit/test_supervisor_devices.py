@@ -121,11 +121,11 @@ def test_a_guest_has_so_many_cards_at_most():
 @pytest.mark.parametrize(
     ("name", "params", "wanted"),
     [
-        ("disk-del", {"device": "xvdb"}, Unplug(5, Kind.VBD, 51728, False, 25)),
-        ("disk-del", {"device": "xvdb", "force": "true", "timeout": "3"}, Unplug(5, Kind.VBD, 51728, True, 3)),
-        ("disk-del", {"device": "xvdb", "timeout": "0.2"}, Unplug(5, Kind.VBD, 51728, False, 1)),
-        ("cd-eject", {"device": "hdc"}, Unplug(5, Kind.VBD, 5632, False, 25)),
-        ("nic-del", {"id": "31", "force": "no"}, Unplug(5, Kind.VIF, 31, False, 25)),
+        ("disk-del", {"device": "xvdb"}, Unplug(5, Kind.VBD, 51728, False, False, 25)),
+        ("disk-del", {"device": "xvdb", "force": "true", "timeout": "3"}, Unplug(5, Kind.VBD, 51728, False, True, 3)),
+        ("disk-del", {"device": "xvdb", "timeout": "0.2"}, Unplug(5, Kind.VBD, 51728, False, False, 1)),
+        ("cd-eject", {"device": "hdc"}, Unplug(5, Kind.VBD, 5632, True, False, 25)),
+        ("nic-del", {"id": "31", "force": "no"}, Unplug(5, Kind.VIF, 31, False, False, 25)),
     ],
 )
 def test_a_device_to_take_away(name, params, wanted):

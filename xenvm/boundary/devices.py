@@ -134,6 +134,11 @@ class DeviceState(Checked):
     }
 
 
+def label(uuid: str, device: int) -> str:
+    """Return the name that everything bears which is made on this host for one disk of a VM."""
+    return f"xenvm-{uuid}-{device}"
+
+
 VBDS: Final = array(Vbd.from_body, DISKS_LIMIT)
 VIFS: Final = array(Vif.from_body, NICS_LIMIT)
 DISK_GRANTS: Final = array(DiskGrant.from_body, DISKS_LIMIT)

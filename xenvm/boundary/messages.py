@@ -366,8 +366,8 @@ class Progress(Message):
 class Job(Message):
     """Broker to builder or hotplug: its one request. BUILD brings kernel and, if granted, initrd as descriptors.
 
-    `vbds` and `vifs` are the devices to plug, `kind` and `device` (-1: none) the one to unplug; `force` takes one away
-    that the guest does not let go.
+    `vbds` and `vifs` are the devices to plug, `kind` and `device` (-1: none) the one to unplug, which with `disc` must
+    be a disc in a CD drive; `force` takes one away that the guest does not let go.
     """
 
     op: Op
@@ -378,6 +378,7 @@ class Job(Message):
     vifs: tuple[Vif, ...] = ()
     kind: Kind = Kind.VBD
     device: int = -1
+    disc: bool = False
     force: bool = False
     timeout_s: int = 40
     KIND: ClassVar = 7
@@ -391,6 +392,7 @@ class Job(Message):
         "vifs": VIFS,
         "kind": choice(Kind),
         "device": number(-1, DEVICE_MAX),
+        "disc": flag,
         "force": flag,
         "timeout_s": _SECONDS,
     }
@@ -455,11 +457,15 @@ class Plug(Message):
 
 
 class Unplug(Message):
-    """Supervisor to broker: take a device away; after `timeout_s` give up, or with `force` remove it all the same."""
+    """Supervisor to broker: take a device away; after `timeout_s` give up, or with `force` remove it all the same.
+
+    With `disc` only a disc in a CD drive is taken.
+    """
 
     sequence: int
     kind: Kind
     device: int
+    disc: bool
     force: bool
     timeout_s: int
     KIND: ClassVar = 12
@@ -467,6 +473,7 @@ class Unplug(Message):
         "sequence": _SEQUENCE,
         "kind": choice(Kind),
         "device": number(0, DEVICE_MAX),
+        "disc": flag,
         "force": flag,
         "timeout_s": _SECONDS,
     }
@@ -513,13 +520,17 @@ class Join(Message):
 
 
 class Serve(Message):
-    """Broker to image: serve this image. Descriptors: the image, a listening socket, a socket connected to it."""
+    """Broker to image: serve this image. Descriptors: the image, a listening socket, a socket connected to it.
+
+    `label` is how the process that serves it is known, and how the kernel's device of it is.
+    """
 
     format: str
     read_only: bool
+    label: str
     KIND: ClassVar = 17
     DESCRIPTORS: ClassVar = 3
-    CHECKS: ClassVar = {"format": string(8, re.compile("qcow|vhd")), "read_only": flag}
+    CHECKS: ClassVar = {"format": string(8, re.compile("qcow|vhd")), "read_only": flag, "label": _NAME_TEXT}
 
 
 class Served(Message):
@@ -538,9 +549,15 @@ class Connect(Message):
     size_bytes: int
     flags: int
     read_only: bool
+    label: str
     KIND: ClassVar = 19
     DESCRIPTORS: ClassVar = 1
-    CHECKS: ClassVar = {"size_bytes": number(512, 2**62), "flags": number(0, 0xFFFF), "read_only": flag}
+    CHECKS: ClassVar = {
+        "size_bytes": number(512, 2**62),
+        "flags": number(0, 0xFFFF),
+        "read_only": flag,
+        "label": _NAME_TEXT,
+    }
 
 
 class Decrypt(Message):
@@ -560,11 +577,20 @@ class Decrypt(Message):
     }
 
 
+class Release(Message):
+    """Broker to storage: remove what dead workers left: mappings by name, nbd devices by their number in /dev."""
+
+    mappings: tuple[str, ...]
+    nbds: tuple[int, ...]
+    KIND: ClassVar = 21
+    CHECKS: ClassVar = {"mappings": array(_NAME_TEXT, 64), "nbds": array(number(0, 2**20), 64)}
+
+
 KINDS: Final[Mapping[int, type[Message]]] = {
     message.KIND: message
     for message in (
         *(Hello, Init, Ask, Done, Failed, Progress, Job, Watch, Parsed, Outcome),
-        *(Plug, Unplug, Rebridge, Created, Ready, Join, Serve, Served, Connect, Decrypt),
+        *(Plug, Unplug, Rebridge, Created, Ready, Join, Serve, Served, Connect, Decrypt, Release),
     )
 }
 

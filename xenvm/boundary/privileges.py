@@ -365,7 +365,7 @@ _ROWS: Final = (
         extra_descriptors=frozenset({SOCKET, FILE, BLOCK, "/dev/mapper/control"}),
         limits=_limits(NPROC=0, FSIZE=LOG_SIZE_LIMIT, NOFILE=32),
         lifetime=ONE_REQUEST,
-        requests=("connect", "decrypt"),
+        requests=("connect", "decrypt", "release"),
         ioctls=DESCRIPTOR_IOCTLS | STORAGE_IOCTLS,
     ),
 )

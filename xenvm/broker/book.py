@@ -97,6 +97,16 @@ class Book:
         if kind is Kind.VBD:
             end_server(self._servers.pop(device, ""))
 
+    @property
+    def servers(self) -> frozenset[str]:
+        """The image servers that serve disks of the domain."""
+        return frozenset(self._servers.values())
+
+    @property
+    def disks(self) -> frozenset[int]:
+        """The disks that the domain was last seen to have."""
+        return frozenset(device for kind, device in self.known if kind is Kind.VBD)
+
     def seen(self, devices: tuple[DeviceState, ...]) -> None:
         """Learn of the image servers of a domain that an earlier monitor made, or that has just been built."""
         self.known = {(state.kind, state.device) for state in devices}

@@ -26,7 +26,6 @@ from xenvm.boundary.messages import (
     Failed,
     Grants,
     Hello,
-    Init,
     Job,
     Op,
     Phase,
@@ -38,13 +37,13 @@ from xenvm.boundary.messages import (
     Unplug,
 )
 from xenvm.boundary.privileges import Role
-from xenvm.broker import findings, host, uevents
+from xenvm.broker import findings, host, strays, uevents
 from xenvm.broker.book import Book
 from xenvm.broker.children import Child
 from xenvm.broker.phases import ON_DEVICES, PERMITS, REBUILDING, START_DEADLINE_S, WITH_ARGUMENTS, VmPhase
 from xenvm.broker.plugging import Plugging, Wanted
 from xenvm.broker.uevents import Uevents
-from xenvm.broker.work import POSTPONED_LIMIT, Change, Work, allow, failed, forget
+from xenvm.broker.work import POSTPONED_LIMIT, Change, Work, allow, ask_once, failed, forget
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 
 TYPE_CHECKING = False
@@ -63,6 +62,7 @@ RESTARTS_PER_MINUTE: Final = 5
 WATCHER_PAUSE_S: Final = 1.0  # before it is started again, and twice as long each time: xenstored may be starting too
 SPARE_S: Final = 60.0  # how long a helper made ready after a command waits for the next one: they come in bursts
 LISTENER_THERE, WATCHER_THERE, SUPERVISOR_THERE = 4, 5, 4
+LOOKED_UP: Final = frozenset({Op.FIND, Op.START, Op.START_PAUSED, Op.SETTLE})  # after these every device is known
 STARTUP_OPS: Final = {"started": Op.START, "paused": Op.START_PAUSED, "shutdown": Op.FIND}
 
 
@@ -214,22 +214,7 @@ class Broker:
         self._send_init(first=first)
 
     def _send_init(self, *, first: bool) -> None:
-        self._to_supervisor(
-            Init(
-                uuid=self._grants.uuid,
-                name=self._grants.name,
-                config_file=self._config_file,
-                memory_mib=self._grants.memory_mib,
-                vcpus=self._grants.vcpus,
-                debug=self._grants.debug,
-                first=first,
-                monitor_pid=os.getpid(),
-                all_gid=host.group_id(host.ALL_GROUP),
-                read_gid=host.group_id(host.READ_GROUP),
-                policy=self._policy,
-                fields=self._fields,
-            )
-        )
+        self._to_supervisor(host.introduction(self._grants, self._policy, self._fields, self._config_file, first=first))
 
     def _start_watcher(self) -> None:
         self._watcher_due = 0.0
@@ -367,7 +352,9 @@ class Broker:
         try:
             self._permit(op)
             if isinstance(request, Unplug):
-                change = Change(Wanted(), (request.kind, request.device), request.force, request.timeout_s)
+                change = Change(
+                    Wanted(), (request.kind, request.device), request.disc, request.force, request.timeout_s
+                )
             elif isinstance(request, Plug):
                 change = Change(self._book.plug(request, self._grants, descriptors), timeout_s=timeout_s)
             else:
@@ -441,6 +428,7 @@ class Broker:
                 plugging.planned if plugging else (),
                 change.wanted.vifs,
                 *(change.gone or (Kind.VBD, -1)),
+                change.disc,
                 change.force,
                 change.timeout_s,
             )
@@ -466,6 +454,7 @@ class Broker:
         if work.op in REBUILDING:
             self._book.seen(created.devices)
             self._book.domain_gone(for_good=False)
+            self._clear_strays()
         self._plugged(work, lambda plugging: plugging.begin(created.domid))
 
     def _plugged(self, work: Work, step: Callable[[Plugging], None]) -> None:
@@ -534,6 +523,8 @@ class Broker:
             self._book.seen(done.devices)
         if done.domain.state is DomainState.ABSENT and work.op not in ON_DEVICES:
             self._book.domain_gone(for_good=True)
+        if not work.created and work.op in LOOKED_UP:
+            self._clear_strays()
 
     def _take_back(self, work: Work, answer: Message) -> None:
         """Remove a device whose hotplug worker died over it; only then the answer is given."""
@@ -551,8 +542,8 @@ class Broker:
         if work.op is not Op.CONSOLE:
             domain, text = (self._known(), done.text) if work.op in ON_DEVICES else (done.domain, "")
             if work.op in (Op.DEVICES, Op.SETTLE):
-                disks = {device for kind, device in self._book.known if kind is Kind.VBD}
-                text = "\n".join([*findings.of_host(), *findings.of_vm(self._grants.uuid, disks)])
+                left = strays.find(self._grants.uuid, self._book.disks, self._book.servers)
+                text = "\n".join([*findings.of_host(), *left.sentences()])
             self._to_supervisor(Done(work.sequence, domain, text, done.devices))
             return
         try:
@@ -585,16 +576,21 @@ class Broker:
         builder = Child(Role.BUILDER, self._log, {}, self._grants.uuid)
         self._acts.append("job", op="find", domid=-1, pid=builder.pid)
         try:
-            builder.channel.send(Job(Op.FIND, self._grants.uuid, -1, self._grants))
-            while (received := builder.channel.receive(deadline_s=deadline_s)) is not None:
-                if isinstance(received[0], Done | Failed):
-                    self._acts.append("result", op="find", result=type(received[0]).__name__)
-                    self._learn(received[0].domain)
-                    if isinstance(received[0], Done):
-                        self._book.seen(received[0].devices)
-                        self._book.domain_gone(for_good=received[0].domain.state is DomainState.ABSENT)
-                    return
+            answer = ask_once(builder, Job(Op.FIND, self._grants.uuid, -1, self._grants), deadline_s)
         except XenvmError as error:
             self._acts.append("result", op="find", result=error.message[:200])
-        finally:
-            builder.end(grace_ms=2000)
+            return
+        self._acts.append("result", op="find", result=type(answer).__name__)
+        self._learn(answer.domain)
+        if isinstance(answer, Done):
+            self._book.seen(answer.devices)
+            self._book.domain_gone(for_good=answer.domain.state is DomainState.ABSENT)
+
+    def _clear_strays(self) -> None:
+        """Remove what dead workers of this VM's disks left; a failure is logged, and `doctor` still shows it."""
+        try:
+            strays.clear(
+                strays.find(self._grants.uuid, self._book.disks, self._book.servers), self._grants.uuid, self._log
+            )
+        except XenvmError as error:
+            self._acts.append("left", why=error.message[:200])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What `doctor` says of the host: things missing that the devices of guests need, and things left by a failure."""
+"""What `doctor` says of the host: things missing that the devices of guests need."""
 
 from __future__ import annotations
 
@@ -28,28 +28,6 @@ def of_host() -> list[str]:
     if missing:
         found.append(f"modules not loaded: {', '.join(missing)}; modprobe loads them when a disk or card needs them")
     return found
-
-
-def of_vm(uuid: str, used: set[int]) -> list[str]:
-    """Return what a failure left of this VM's devices; `used` are the numbers of the disks that it has."""
-    found = []
-    prefix = f"xenvm-{uuid}-"
-    for name in sorted(os.listdir("/sys/block")):  # noqa: PTH208
-        mapping = _line(f"/sys/block/{name}/dm/name") if name.startswith("dm-") else ""
-        if mapping.startswith(prefix) and mapping.removeprefix(prefix) not in map(str, used):
-            found.append(f"mapping {mapping}: no disk uses it; dmsetup remove {mapping} removes it")
-    return found
-
-
-def _line(path: str) -> str:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return ""
-    try:
-        return os.read(descriptor, 256).decode("ascii", "replace").strip()
-    finally:
-        os.close(descriptor)
 
 
 def _is_file(path: str) -> bool:

@@ -9,7 +9,7 @@ import os
 import socket
 import stat
 
-from xenvm.boundary.messages import ConfigIssue, FileNeed, Grants, Parsed
+from xenvm.boundary.messages import ConfigIssue, FileNeed, Grants, Init, Parsed, Policy
 from xenvm.errors import BusyError, XenvmError
 
 TYPE_CHECKING = False
@@ -29,6 +29,24 @@ def group_id(name: str) -> int:
         return grp.getgrnam(name).gr_gid
     except KeyError:
         return -1
+
+
+def introduction(grants: Grants, policy: Policy, fields: dict[str, str], config_file: str, *, first: bool) -> Init:
+    """Return what a supervisor is told: whom it serves, and which groups of this host may command."""
+    return Init(
+        uuid=grants.uuid,
+        name=grants.name,
+        config_file=config_file,
+        memory_mib=grants.memory_mib,
+        vcpus=grants.vcpus,
+        debug=grants.debug,
+        first=first,
+        monitor_pid=os.getpid(),
+        all_gid=group_id(ALL_GROUP),
+        read_gid=group_id(READ_GROUP),
+        policy=policy,
+        fields=fields,
+    )
 
 
 def check_directory(path: str) -> None:

@@ -12,7 +12,7 @@ import os
 import socket
 from types import MappingProxyType
 
-from xenvm.boundary.devices import Vbd
+from xenvm.boundary.devices import Vbd, label
 from xenvm.boundary.messages import Connect, Decrypt, Done, Failed, Join, Serve, Served
 from xenvm.boundary.privileges import Role
 from xenvm.broker import disks
@@ -146,6 +146,7 @@ class Plugging:
 
     def _serve(self, grant: DiskGrant, image: int) -> Opening:
         """Have an image served by a process without privilege, and make a kernel block device of what it serves."""
+        name = label(self._uuid, grant.device)
         try:
             listener, client = self._private_socket(grant)
         except BaseException:
@@ -154,7 +155,7 @@ class Plugging:
         try:
             with listener:
                 worker = Child(Role.IMAGE, self._log, {}, self._uuid)
-                _ask(worker, Serve(grant.type, grant.read_only), (image, listener.fileno(), client.fileno()))
+                _ask(worker, Serve(grant.type, grant.read_only, name), (image, listener.fileno(), client.fileno()))
         except BaseException:
             client.close()
             raise
@@ -167,7 +168,7 @@ class Plugging:
                 raise ProtocolError("an image worker answered with something else")
             self._servers[grant.device] = server_text(served.pid)
             worker = Child(Role.STORAGE, self._log, {}, self._uuid)
-            _ask(worker, Connect(served.size_bytes, served.flags, grant.read_only), (client.fileno(),))
+            _ask(worker, Connect(served.size_bytes, served.flags, grant.read_only, name), (client.fileno(),))
         finally:
             client.close()
         answer, descriptors = yield worker
@@ -204,7 +205,7 @@ class Plugging:
                 raise XenvmError(f"disk {grant.name}: key-file {grant.key_file}: {error.strerror}") from error
             try:
                 worker = Child(Role.STORAGE, self._log, {}, self._uuid)
-                name = f"xenvm-{self._uuid}-{grant.device}"
+                name = label(self._uuid, grant.device)
                 _ask(worker, Decrypt(name, grant.cipher, grant.key_size_bits, grant.read_only), (device, key))
             finally:
                 os.close(key)

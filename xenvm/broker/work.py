@@ -8,6 +8,7 @@ import time
 
 from xenvm.boundary.messages import Done, Failed, Fault
 from xenvm.broker.plugging import Wanted
+from xenvm.errors import XenvmError
 from xenvm.record import Record
 
 TYPE_CHECKING = False
@@ -20,16 +21,19 @@ if TYPE_CHECKING:
     from xenvm.boundary.messages import Domain, Op
     from xenvm.broker.children import Child
     from xenvm.broker.plugging import Plugging
-    from xenvm.errors import XenvmError
 
 POSTPONED_LIMIT: Final = 16  # an honest supervisor asks for one thing after the other
 
 
 class Change(Record):
-    """A change of devices: what is to be plugged, or taken away; `timeout_s` is how long a guest may take."""
+    """A change of devices: what is to be plugged, or taken away; `timeout_s` is how long a guest may take.
+
+    With `disc` only a disc in a CD drive is taken away.
+    """
 
     wanted: Wanted = Wanted()
     gone: tuple[Kind, int] | None = None
+    disc: bool = False
     force: bool = False
     timeout_s: int = 40
 
@@ -66,6 +70,21 @@ class Work:
         for descriptor in self.held:
             os.close(descriptor)
         self.held.clear()
+
+
+def ask_once(child: Child, message: Message, deadline_s: float) -> Done | Failed:
+    """Ask a fresh helper for one thing, wait for the answer, end it; raise XenvmError when there is none in time."""
+    try:
+        child.channel.send(message)
+        while (received := child.channel.receive(deadline_s=deadline_s)) is not None:
+            for descriptor in received[1]:
+                os.close(descriptor)
+            if isinstance(received[0], Done | Failed):
+                return received[0]
+        child.end(grace_ms=1000)
+        raise XenvmError(f"the {child.role} worker {child.how()} without an answer")
+    finally:
+        child.end(grace_ms=2000)
 
 
 def failed(sequence: int, error: XenvmError, domain: Domain) -> Failed:

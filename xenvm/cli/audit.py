@@ -14,6 +14,7 @@ import time
 from datetime import UTC, datetime
 
 from xenvm import __version__
+from xenvm.boundary.devices import label
 from xenvm.boundary.privileges import TABLE, Landlock, Role, markdown_table
 from xenvm.boundary.spawn import command
 from xenvm.broker.host import LOG_DIRECTORY
@@ -44,7 +45,7 @@ usage: xenvm-audit [-v] [--json] UUID|PREFIX       compare the monitor's live pr
 The comparison needs root. Exit status: 0 everything fits, 1 something differs, 2 usage, 4 no monitor, 8 not root.
 """
 IMAGE_SERVER: Final = "/usr/bin/qemu-storage-daemon"
-"""What an image worker starts; a child of the monitor until that worker has ended, nobody's afterwards."""
+"""What an image worker starts; a child of the monitor until that worker has ended, then the VM's by its label."""
 STARTING_S: Final = 5.0
 """How long a process may take from its start until it equals its row; a difference is looked at again until then."""
 AGAIN_S: Final = 0.2
@@ -112,12 +113,16 @@ def _survey(host: Host, uuid: str, broker: int) -> tuple[list[Audited], Acts]:
     acts = read_acts(_acts_path(host, uuid))
     found = []
     inherited = 0
-    for pid in live.processes(broker):
-        one, looks = _look(host, uuid, broker, pid, acts, inherited), 1
+    family = live.processes(broker)
+    image_uid, _ = host.identity(TABLE[Role.IMAGE].user)
+    left_alone = set(live.servers(IMAGE_SERVER, image_uid, label(uuid, 0)[:-1])).difference(family)
+    for pid in (*family, *sorted(left_alone)):
+        # one that an earlier monitor has started has its filter and that of the row, whatever this one's are
+        one, looks = _look(host, uuid, broker, pid, acts, 1 if pid in left_alone else inherited), 1
         while one and one.differences and (looks == 1 or _is_starting(one)):
             time.sleep(AGAIN_S)
             acts = read_acts(_acts_path(host, uuid))
-            one, looks = _look(host, uuid, broker, pid, acts, inherited), looks + 1
+            one, looks = _look(host, uuid, broker, pid, acts, 1 if pid in left_alone else inherited), looks + 1
         if one and pid == broker and one.process:
             inherited = max(one.process.filters or 0, 1)  # a service manager may have added some
         if one:

@@ -171,6 +171,19 @@ def processes(broker: int) -> list[int]:
         raise GoneError(f"process {broker} has ended") from None
 
 
+def servers(program: str, uid: int, mark: str) -> list[int]:
+    """Return the processes of user `uid` that run `program` with `mark` in an argument, whoever their parent is."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            fits = process.uids().real == uid and process.exe() == program and mark in " ".join(process.cmdline())
+        except psutil.Error:  # it has ended
+            continue
+        if fits:
+            found.append(process.pid)
+    return sorted(found)
+
+
 def role_of(arguments: Iterable[str]) -> Role | None:
     """Return the role that follows `_start.py` in an argument list; None when there is none."""
     words = iter(arguments)

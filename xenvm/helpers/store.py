@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 PAYLOAD_LIMIT_BYTES: Final = 4096  # XENSTORE_PAYLOAD_MAX, xen/io/xs_wire.h
 TRANSACTION_TRIES: Final = 32
+DIRECTORY_PART: Final = 22  # XS_DIRECTORY_PART, xen/io/xs_wire.h: a list that does not fit into one answer
+LIST_LIMIT_BYTES: Final = 1 << 20
+LIST_TRIES: Final = 8
 _PYXS_ERRORS: Final = (PyXSError, ValueError)  # ValueError: an error name or a number that is none
 
 
@@ -57,30 +60,45 @@ class Router:
 
     def send(self, packet: Packet) -> _Answer:
         """Send one packet and return what its answer can be fetched from."""
-        header = Packet._struct.pack(packet.op, packet.rq_id, packet.tx_id, packet.size)  # noqa: SLF001
-        self._socket.settimeout(self._deadline_s)
-        try:
-            self._socket.sendall(header + packet.payload)
-        except TimeoutError as error:
-            raise TimeoutExpiredError(f"xenstored took no request within {self._deadline_s:g} s") from error
-        except OSError as error:
-            raise StoreError(f"xenstored is gone: {error}") from error
+        self._send(packet.op, packet.rq_id, packet.tx_id, packet.payload)
         return _Answer(self, packet)
 
     def answer_to(self, sent: Packet) -> Packet:
         """Return the answer to `sent`; anything else that arrives on this connection is a StoreError."""
+        op, transaction, payload = self._receive(sent.rq_id)
+        try:
+            return Packet(op, payload, sent.rq_id, transaction)
+        except PyXSError as error:
+            raise StoreError(f"xenstored answered with the unknown kind {op}") from error
+
+    def exchange(self, op: int, payload: bytes, transaction: int) -> tuple[int, bytes]:
+        """Send a request of a kind that pyxs does not know; return kind and payload of the answer."""
+        request = next_rq_id()
+        self._send(op, request, transaction, payload)
+        kind, _, answer = self._receive(request)
+        return kind, answer
+
+    def _send(self, op: int, request: int, transaction: int, payload: bytes) -> None:
+        header = Packet._struct.pack(op, request, transaction, len(payload))  # noqa: SLF001
+        self._socket.settimeout(self._deadline_s)
+        try:
+            self._socket.sendall(header + payload)
+        except TimeoutError as error:
+            raise TimeoutExpiredError(f"xenstored took no request within {self._deadline_s:g} s") from error
+        except OSError as error:
+            raise StoreError(f"xenstored is gone: {error}") from error
+
+    def _receive(self, wanted: int) -> tuple[int, int, bytes]:
+        """Return kind, transaction and payload of the answer to the request `wanted`."""
         end = time.monotonic() + self._deadline_s
         layout = Packet._struct  # noqa: SLF001
         op, request, transaction, size = layout.unpack(self._read(layout.size, end))
         if size > PAYLOAD_LIMIT_BYTES:
             raise StoreError(f"xenstored claims {size} bytes, the protocol allows {PAYLOAD_LIMIT_BYTES}")
         payload = self._read(size, end)
-        if request != sent.rq_id:
+        if request != wanted:
             raise StoreError("xenstored answered another request")
-        try:
-            return Packet(op, payload, request, transaction)
-        except PyXSError as error:
-            raise StoreError(f"xenstored answered with the unknown kind {op}") from error
+        return op, transaction, payload
 
     def _read(self, size: int, end: float) -> bytes:
         got = bytearray()
@@ -136,14 +154,34 @@ class Store:
                 raise
 
     def names(self, path: str) -> list[str]:
-        """Return the names of a node's children; none when it does not exist."""
+        """Return the names of a node's children, of any number; none when it does not exist."""
         try:
             children = self._client.list(path.encode("ascii"))
         except _PYXS_ERRORS as error:
             if error.args and error.args[0] == errno.ENOENT:
                 return []
-            raise _refused("list", path, error) from error
+            if not error.args or error.args[0] != errno.E2BIG:
+                raise _refused("list", path, error) from error
+            children = self._names_in_parts(path)
         return [name.decode("ascii", "replace") for name in children if name]
+
+    def _names_in_parts(self, path: str) -> list[bytes]:
+        """Fetch a list that does not fit into one answer, again from the start when it changes meanwhile."""
+        for _ in range(LIST_TRIES):
+            found, first = b"", b""
+            while len(found) < LIST_LIMIT_BYTES:
+                payload = path.encode("ascii") + NUL + str(len(found)).encode("ascii") + NUL
+                op, part = self._router.exchange(DIRECTORY_PART, payload, self._client.tx_id)
+                if op != DIRECTORY_PART:
+                    why = part.rstrip(NUL).decode("ascii", "replace")
+                    raise StoreError(f"xenstore list {path}: {why}; the list is too long for one answer")
+                generation, _, names = part.partition(NUL)
+                if generation != (first or generation):
+                    break
+                first, found = generation, found + names
+                if not names or found.endswith(NUL + NUL):  # an empty name is the end
+                    return found.rstrip(NUL).split(NUL)
+        raise StoreError(f"xenstore list {path}: it changes all the time, or has more than {LIST_LIMIT_BYTES} bytes")
 
     def remove_if_empty(self, path: str) -> None:
         """Remove a node that has no children; safe against others who add one just now."""

@@ -130,7 +130,7 @@ def unplug(command: str, sequence: int, params: Params, default_s: int) -> Unplu
     kind = Kind.VIF if command == "nic-del" else Kind.VBD
     device = device_number(_needed(command, params, "device")) if kind is Kind.VBD else nic_id(command, params)
     patience_s = max(1, round(seconds(params, "timeout", float(default_s))))
-    return Unplug(sequence, kind, device, boolean(params, "force"), patience_s)
+    return Unplug(sequence, kind, device, command == "cd-eject", boolean(params, "force"), patience_s)
 
 
 def switch(sequence: int, params: Params) -> Rebridge:

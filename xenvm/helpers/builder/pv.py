@@ -6,8 +6,7 @@ from __future__ import annotations
 import mmap
 import os
 
-from xenvm._xen import ffi, lib
-from xenvm.helpers.builder.xen import Hypervisor, HypervisorError
+from xenvm.helpers.builder.xen import Hypervisor, HypervisorError, ffi, lib
 from xenvm.record import Record
 
 TYPE_CHECKING = False

@@ -27,6 +27,8 @@ except ImportError as error:  # a machine without Xen, or libraries of another X
         hint="install libxen-dev of the running Xen release, then xenvm again (pip install --no-deps .)",
     ) from error
 
+__all__ = ["ffi", "lib"]  # for the other modules of the builder: here a failed import is a clear error
+
 PAGE_KIB: Final = 4
 INFO_BATCH: Final = 256
 MAX_EVENT_PORT: Final = 1023  # what xl gives; 0 would not mean "default" (xen/domctl.h)

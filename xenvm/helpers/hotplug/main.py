@@ -45,6 +45,8 @@ def _run(channel: Channel, connection: store.Store, job: Job) -> Done:
         place = (job.kind, job.device)
         if place not in devices.listed(connection, job.uuid):
             raise WrongStateError(f"the guest has no {job.kind} {job.device}", hint="disk-list and nic-list show them")
+        if job.disc and not devices.is_cdrom(connection, job.domid, job.device):
+            raise WrongStateError(f"disk {job.device} is no disc in a CD drive", hint="disk-del takes a disk away")
         devices.unplug(connection, job.uuid, job.domid, [place], patience_s=float(job.timeout_s), force=job.force)
     elif job.op is Op.REBRIDGE:
         for vif in job.vifs:

@@ -45,7 +45,7 @@ def main() -> int:
 def _serve(message: Serve, image: int, listening: int, connected: int) -> Served:
     driver = _driver(message, image)
     client = socket.socket(fileno=connected)
-    server = Server(image, driver, listening, read_only=message.read_only)
+    server = Server(image, driver, message.label, listening, read_only=message.read_only)
     try:
         size_bytes, flags = server.negotiate(client)
         _check_size(size_bytes)

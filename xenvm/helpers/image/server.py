@@ -46,10 +46,11 @@ _ABOVE_TARGETS: Final = 16
 Command = list[str]
 
 
-def command(driver: str, *, device: bool, read_only: bool) -> Command:
+def command(driver: str, label: str, *, device: bool, read_only: bool) -> Command:
     """Return the argument list; `device` is true for an image that lies on a block device.
 
-    Without a backing file, whatever the header says. no-flush is off: a guest's flush reaches the disk.
+    Without a backing file, whatever the header says. no-flush is off: a guest's flush reaches the disk. `label` names
+    the export: it tells in the process list, and to the broker, whose disk this is.
     """
     reading = "true" if read_only else "false"
     below = "host_device" if device else "file"
@@ -64,14 +65,14 @@ def command(driver: str, *, device: bool, read_only: bool) -> Command:
         "--nbd-server",
         f"addr.type=fd,addr.str={LISTENING_THERE},max-connections=1",
         "--export",
-        f'{{"type":"nbd","id":"image","node-name":"image","name":"","writable":{"false" if read_only else "true"}}}',
+        f'{{"type":"nbd","id":"{label}","node-name":"image","name":"","writable":{"false" if read_only else "true"}}}',
     ]
 
 
 class Server:
     """One daemon from its start to the end of the NBD handshake; then it is on its own, or has ended."""
 
-    def __init__(self, image: int, driver: str, listening: int, *, read_only: bool) -> None:
+    def __init__(self, image: int, driver: str, label: str, listening: int, *, read_only: bool) -> None:
         """Start it; raise XenvmError when the program cannot be run."""
         self._image = image
         self._end = time.monotonic() + START_WAIT_S
@@ -81,7 +82,7 @@ class Server:
         self._said, theirs = socket.socketpair()
         sources = {1: 0, 2: theirs.fileno(), LISTENING_THERE: listening}  # 0 is /dev/null, and stays
         copies = {there: fcntl.fcntl(here, fcntl.F_DUPFD_CLOEXEC, _ABOVE_TARGETS) for there, here in sources.items()}
-        argv = command(driver, device=device, read_only=read_only)
+        argv = command(driver, label, device=device, read_only=read_only)
         try:
             actions = [(os.POSIX_SPAWN_DUP2, copy, there) for there, copy in copies.items()]
             self.pid = os.posix_spawn(PROGRAM, argv, {}, file_actions=actions, setsid=True)

@@ -70,17 +70,35 @@ def open_mapping(message: Decrypt, device: int, key_file: int) -> tuple[int, str
     sectors = size_of(device) // SECTOR_BYTES
     if not sectors or not message.cipher:
         raise XenvmError("encryption: the device is empty, or no cipher is named")
-    try:
-        control = os.open(CONTROL, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise XenvmError(
-            f"encryption: {CONTROL} cannot be opened: {error.strerror}", hint="modprobe dm-mod dm-crypt"
-        ) from error
+    control = _control()
     try:
         lower = (os.major(status.st_rdev), os.minor(status.st_rdev))
         return _map(control, message, table(message.cipher, key, lower, sectors))
     finally:
         os.close(control)
+
+
+def remove_mappings(names: tuple[str, ...]) -> None:
+    """Remove mappings; one that is gone is fine, one in use goes with its last opener. Raise XenvmError naming one."""
+    control = _control()
+    try:
+        for name in names:
+            try:
+                _remove(control, name)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise XenvmError(f"the mapping {name} cannot be removed: {error.strerror}") from error
+    finally:
+        os.close(control)
+
+
+def _control() -> int:
+    try:
+        return os.open(CONTROL, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise XenvmError(
+            f"encryption: {CONTROL} cannot be opened: {error.strerror}", hint="modprobe dm-mod dm-crypt"
+        ) from error
 
 
 def _key(key_file: int, bits: int) -> bytes:

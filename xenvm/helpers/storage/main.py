@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The storage process: makes one kernel block device, of an NBD connection or by encryption, and hands it over open.
 
+Or it removes those that a worker which died over one of them has left.
+
 It stays root, whom the devices belong to, with the capability SYS_ADMIN, which the kernel asks for; it starts nothing.
 What it made lives exactly as long as something has it open.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import os
 
-from xenvm.boundary.messages import NO_DOMAIN, Connect, Decrypt, Done, Failed, Fault
+from xenvm.boundary.messages import NO_DOMAIN, Connect, Decrypt, Done, Failed, Fault, Release
 from xenvm.boundary.privileges import Role
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 from xenvm.helpers import serve
@@ -30,6 +32,10 @@ def main() -> int:
         received = channel.receive(deadline_s=REQUEST_WAIT_S)
         if received is None:
             return 0
+        if isinstance(received[0], Release):
+            _release(received[0])
+            channel.send(Done(0, NO_DOMAIN, ""))
+            return 0
         device, path = _make(*received)
         channel.send(Done(0, NO_DOMAIN, path), [device])
     except XenvmError as error:
@@ -42,7 +48,16 @@ def main() -> int:
 def _make(message: Message, descriptors: list[int]) -> tuple[int, str]:
     if isinstance(message, Connect) and len(descriptors) == Connect.DESCRIPTORS:
         kernel = nbd.Kernel()
-        return kernel.connect(descriptors[0], message.size_bytes, message.flags, read_only=message.read_only)
+        return kernel.connect(descriptors[0], message)
     if isinstance(message, Decrypt) and len(descriptors) == Decrypt.DESCRIPTORS:
         return crypt.open_mapping(message, descriptors[0], descriptors[1])
-    raise ProtocolError("a storage worker connects or decrypts one device")
+    raise ProtocolError("a storage worker connects, decrypts or releases")
+
+
+def _release(message: Release) -> None:
+    if message.mappings:
+        crypt.remove_mappings(message.mappings)
+    if message.nbds:
+        kernel = nbd.Kernel()
+        for index in message.nbds:
+            kernel.disconnect(index)

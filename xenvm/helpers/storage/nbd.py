@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Final
 
+    from xenvm.boundary.messages import Connect
+
 HEADER: Final = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
 GENERIC: Final = struct.Struct("=BBxx")  # struct genlmsghdr: command, version
 ATTRIBUTE: Final = struct.Struct("=HH")  # struct nlattr: length with this header, type
@@ -35,6 +37,7 @@ CTRL_CMD_GETFAMILY, CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME = 3, 1, 2
 NBD_CMD_CONNECT, NBD_CMD_DISCONNECT, NBD_CMD_RECONFIGURE = 1, 2, 3
 NBD_ATTR_INDEX, NBD_ATTR_SIZE_BYTES, NBD_ATTR_BLOCK_SIZE_BYTES, NBD_ATTR_TIMEOUT = 1, 2, 3, 4
 NBD_ATTR_SERVER_FLAGS, NBD_ATTR_CLIENT_FLAGS, NBD_ATTR_SOCKETS = 5, 6, 7
+NBD_ATTR_BACKEND_IDENTIFIER: Final = 10  # shown as /sys/block/nbdN/backend
 NBD_SOCK_ITEM, NBD_SOCK_FD = 1, 1
 NBD_FLAG_READ_ONLY: Final = 1 << 1
 NBD_CFLAG_DISCONNECT_ON_CLOSE: Final = 1 << 1
@@ -68,7 +71,7 @@ def request(family: int, command: int, sequence: int, attributes: bytes) -> byte
     return HEADER.pack(HEADER.size + len(body), family, NLM_F_REQUEST | NLM_F_ACK, sequence, 0) + body
 
 
-def connect_attributes(size_bytes: int, flags: int, descriptor: int) -> bytes:
+def connect_attributes(size_bytes: int, flags: int, descriptor: int, label: str) -> bytes:
     """Return what NBD_CMD_CONNECT needs; without an index the kernel takes a free device, or makes one."""
     one = attribute(NBD_SOCK_ITEM | NLA_F_NESTED, attribute(NBD_SOCK_FD, struct.pack("=I", descriptor)))
     return b"".join(
@@ -77,9 +80,14 @@ def connect_attributes(size_bytes: int, flags: int, descriptor: int) -> bytes:
             attribute(NBD_ATTR_BLOCK_SIZE_BYTES, struct.pack("=Q", BLOCK_BYTES)),
             attribute(NBD_ATTR_TIMEOUT, struct.pack("=Q", TIMEOUT_S)),
             attribute(NBD_ATTR_SERVER_FLAGS, struct.pack("=Q", flags)),
+            _identifier(label),
             attribute(NBD_ATTR_SOCKETS | NLA_F_NESTED, one),
         )
     )
+
+
+def _identifier(label: str) -> bytes:
+    return attribute(NBD_ATTR_BACKEND_IDENTIFIER, label.encode("ascii") + b"\0")
 
 
 def parse_attributes(data: bytes) -> Attributes:
@@ -131,38 +139,39 @@ class Kernel:
         except (OSError, KeyError, struct.error) as error:
             raise XenvmError("the kernel does not answer for network block devices", hint=MODULE_HINT) from error
 
-    def connect(self, sock: int, size_bytes: int, flags: int, *, read_only: bool) -> tuple[int, str]:
+    def connect(self, sock: int, message: Connect) -> tuple[int, str]:
         """Make a block device of the connection; return it open, and its path.
 
         It goes by itself when its last opener closes it. That is asked for only once it is open here: udev opens and
         closes each new device, and could be the last one before.
         """
-        if read_only:
-            flags |= NBD_FLAG_READ_ONLY
+        flags = message.flags | (NBD_FLAG_READ_ONLY if message.read_only else 0)
+        wanted = connect_attributes(message.size_bytes, flags, sock, message.label)
         try:
-            answer = self._ask(self._family, NBD_CMD_CONNECT, connect_attributes(size_bytes, flags, sock))
+            answer = self._ask(self._family, NBD_CMD_CONNECT, wanted)
             (index,) = struct.unpack("=I", answer[NBD_ATTR_INDEX])
         except (OSError, KeyError, struct.error) as error:
             raise XenvmError(f"the kernel makes no block device of the image: {_why(error)}") from error
         path = f"/dev/nbd{index}"
-        own = attribute(NBD_ATTR_INDEX, struct.pack("=I", index))
+        own = attribute(NBD_ATTR_INDEX, struct.pack("=I", index)) + _identifier(message.label)
         device = -1
         try:
-            device = _open(path, size_bytes, os.O_RDONLY if read_only else os.O_RDWR)
+            device = _open(path, message.size_bytes, os.O_RDONLY if message.read_only else os.O_RDWR)
             close = struct.pack("=Q", NBD_CFLAG_DISCONNECT_ON_CLOSE)
             self._ask(self._family, NBD_CMD_RECONFIGURE, own + attribute(NBD_ATTR_CLIENT_FLAGS, close))
         except (OSError, XenvmError) as error:
             if device >= 0:
                 os.close(device)
-            self._disconnect(own)
+            self.disconnect(index)
             if isinstance(error, XenvmError):
                 raise
             raise XenvmError(f"{path}: cannot be used: {_why(error)}") from error
         return device, path
 
-    def _disconnect(self, own: bytes) -> None:
+    def disconnect(self, index: int) -> None:
+        """Take the connection away from a device; one that has none is fine."""
         try:
-            self._ask(self._family, NBD_CMD_DISCONNECT, own)
+            self._ask(self._family, NBD_CMD_DISCONNECT, attribute(NBD_ATTR_INDEX, struct.pack("=I", index)))
         except OSError:  # it is gone already, or ends with its server
             return
 

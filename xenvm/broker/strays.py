@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What dead workers of a VM may have left on the host: image servers, nbd devices, dm-crypt mappings. Found by name.
+
+Each bears the label `xenvm-UUID-DEVICE`; one whose disk the domain does not have serves nobody.
+"""
+
+from __future__ import annotations
+
+import os
+
+from xenvm.boundary.devices import label
+from xenvm.boundary.messages import Failed, Release
+from xenvm.boundary.privileges import Role
+from xenvm.broker.children import Child
+from xenvm.broker.servers import end_server, server_text
+from xenvm.broker.work import ask_once
+from xenvm.errors import XenvmError
+from xenvm.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from typing import Final
+
+RELEASE_WAIT_S: Final = 30.0
+COMMAND_BYTES: Final = 4096
+BLOCK_DEVICES: Final = "/sys/block"
+
+
+class Strays(Record):
+    """Servers are texts as in Vbd.server; an nbd device is known by its number in /dev."""
+
+    servers: tuple[str, ...]
+    nbds: tuple[int, ...]
+    mappings: tuple[str, ...]
+
+    def sentences(self) -> list[str]:
+        """Say what there is, one sentence each."""
+        found = [f"image server {text.split()[0]}" for text in self.servers]
+        found += [f"block device /dev/nbd{number}" for number in self.nbds]
+        found += [f"mapping {name}" for name in self.mappings]
+        return [f"{what}: no disk uses it; doctor clean=true removes it" for what in found]
+
+
+def find(uuid: str, used: Collection[int], servers: Collection[str]) -> Strays:
+    """Return what is left of this VM, whose domain has the disks `used`, served by `servers`."""
+    nbds, mappings = [], []
+    for name in sorted(os.listdir(BLOCK_DEVICES)):  # noqa: PTH208 - pathlib costs 5 ms at each start
+        if name.startswith("nbd") and _unused(_line(f"{BLOCK_DEVICES}/{name}/backend"), uuid, used):
+            nbds.append(int(name.removeprefix("nbd")))
+        mapping = _line(f"{BLOCK_DEVICES}/{name}/dm/name") if name.startswith("dm-") else ""
+        if _unused(mapping, uuid, used):
+            mappings.append(mapping)
+    return Strays(tuple(text for text in _servers(uuid) if text not in servers), tuple(nbds), tuple(mappings))
+
+
+def clear(strays: Strays, uuid: str, log: int) -> None:
+    """End and remove all that was found; raise XenvmError when the kernel does not let go. Works twice."""
+    for text in strays.servers:
+        end_server(text)
+    if not strays.nbds and not strays.mappings:
+        return
+    answer = ask_once(Child(Role.STORAGE, log, {}, uuid), Release(strays.mappings, strays.nbds), RELEASE_WAIT_S)
+    if isinstance(answer, Failed):
+        raise XenvmError(answer.fault.message, hint=answer.fault.hint)
+
+
+def _unused(name: str, uuid: str, used: Collection[int]) -> bool:
+    prefix = label(uuid, 0)[:-1]
+    return name.startswith(prefix) and name.removeprefix(prefix) not in map(str, used)
+
+
+def _servers(uuid: str) -> list[str]:
+    """Return the image servers of this VM. What they say of themselves is compared, and means nothing else."""
+    mark = f'"id":"{label(uuid, 0)[:-1]}'.encode("ascii")
+    found = []
+    for name in os.listdir("/proc"):  # noqa: PTH208
+        text = server_text(int(name)) if name.isdigit() else ""
+        if text and mark in _read(f"/proc/{name}/cmdline", COMMAND_BYTES):
+            found.append(text)
+    return sorted(found)
+
+
+def _line(path: str) -> str:
+    return _read(path, 256).decode("ascii", "replace").strip()
+
+
+def _read(path: str, limit_bytes: int) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return b""
+    try:
+        return os.read(descriptor, limit_bytes)
+    except OSError:
+        return b""
+    finally:
+        os.close(descriptor)
