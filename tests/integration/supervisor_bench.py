@@ -128,7 +128,7 @@ class Monitor:
     def init(self, **changes):
         init = Init(
             *(UUID, "web", "/etc/a.cfg", 64, 1, False, True, os.getpid(), self.groups["xenvm"]),
-            *(self.groups["xenvm-read"], POLICY, {"name": "web", "memory": "64"}),
+            *(self.groups["xenvm-read"], POLICY, (), {"name": "web", "memory": "64"}),
         )
         self.broker.send(init.but(**changes))
         return self

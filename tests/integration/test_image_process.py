@@ -18,8 +18,9 @@ import pytest
 
 from xenvm._confine import lib
 from xenvm.boundary.confine import confine
-from xenvm.boundary.messages import Failed, Hello, Serve, Served
+from xenvm.boundary.messages import Failed, Hello
 from xenvm.boundary.privileges import TABLE, Role
+from xenvm.boundary.workers import Serve, Served
 from xenvm.broker.children import Child
 from xenvm.errors import XenvmError
 from xenvm.helpers.image import server

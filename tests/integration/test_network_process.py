@@ -16,8 +16,9 @@ import prctl
 import pytest
 
 from xenvm.boundary.devices import Vif
-from xenvm.boundary.messages import NO_DOMAIN, Done, Failed, Hello, Join
+from xenvm.boundary.messages import NO_DOMAIN, Done, Failed, Hello
 from xenvm.boundary.privileges import Role
+from xenvm.boundary.workers import Join
 from xenvm.broker.bridges import bridges
 from xenvm.broker.children import Child
 from xenvm.errors import ExitCode

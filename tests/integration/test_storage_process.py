@@ -9,8 +9,9 @@ import prctl
 import pytest
 
 from xenvm.boundary.confine import confine
-from xenvm.boundary.messages import Connect, Decrypt, Failed, Hello
+from xenvm.boundary.messages import Failed, Hello
 from xenvm.boundary.privileges import TABLE, Role
+from xenvm.boundary.workers import Connect, Decrypt
 from xenvm.broker.children import Child
 from xenvm.helpers.storage import crypt, nbd
 

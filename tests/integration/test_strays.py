@@ -8,8 +8,9 @@ import pytest
 from children import FakeChild
 
 from xenvm.boundary.devices import label
-from xenvm.boundary.messages import NO_DOMAIN, Done, Failed, Fault, Release
+from xenvm.boundary.messages import NO_DOMAIN, Done, Failed, Fault
 from xenvm.boundary.privileges import Role
+from xenvm.boundary.workers import Release
 from xenvm.broker import strays
 from xenvm.broker.servers import server_text
 from xenvm.errors import XenvmError

@@ -348,12 +348,21 @@ def test_a_client_that_goes_while_it_waits_is_forgotten_with_its_disk(monitor, d
 
 
 def test_a_disk_without_its_descriptor_is_refused(monitor):
-    monitor.running()
+    monitor.running(directories=("/srv/images",))
     for command in ("disk-add", "cd-insert"):
-        code, text, hint = monitor.client().refused(command, device="xvdb")
-        assert (code, text) == (ExitCode.USAGE, f"{command}: the disk comes as an open descriptor")
-        assert "xenvm-cmd" in hint
+        for path in ("/etc/shadow", "/srv/images/sub/a"):
+            code, text, hint = monitor.client().refused(command, device="xvdb", path=path)
+            assert (code, text.partition(": ")[0]) == (ExitCode.PERMISSION_REFUSED, command)
+            assert f"{path!r} was not handed over" in text
+            assert "disk-directories" in hint
     assert monitor.nothing_asked()
+
+
+def test_a_disk_of_a_directory_that_is_open_to_all_is_asked_for_by_name(monitor):
+    monitor.running(directories=("/srv/discs", "/srv/images"))
+    monitor.client().send("disk-add", device="xvdb", path="/srv/images/a.img")
+    plug, descriptors = monitor.asked_change(Plug)
+    assert (plug.directory, plug.file, descriptors) == (1, "a.img", [])
 
 
 @pytest.mark.parametrize(
@@ -377,7 +386,7 @@ def test_a_descriptor_that_is_not_used_is_closed(monitor, disk, command, params)
     client.hand([disk], command, **params)
     client.reply()
     assert held(monitor) == before
-    assert client.refused("disk-add", device="xvdb")[0] is ExitCode.USAGE
+    assert client.refused("disk-add", device="xvdb")[0] is ExitCode.PERMISSION_REFUSED
 
 
 def test_several_descriptors_are_not_kept(monitor, disk, image):

@@ -249,6 +249,30 @@ def test_hot_add_and_remove_leave_nothing(vm, image, bridge):
 
 
 @pytest.mark.long
+def test_a_user_adds_disks_of_directories_that_the_policy_opens(vm, image):
+    """Root's files, by a member of the group xenvm who may not open them: those of one directory, and no others."""
+    ours, elsewhere = image("a.img", content=b"ours"), Path("/root/xenvm-test.img")
+    ours.chmod(0o600)
+    elsewhere.write_bytes(bytes(512))
+    policy = Path("/etc/xenvm/policy.toml")
+    policy.write_text(f'disk-directories = ["{ours.parent}"]\n')
+    as_user = ("setpriv", "--reuid=nobody", "--regid=xenvm", "--clear-groups", "xenvm-cmd")
+    try:
+        guest = quiet(vm)
+        guest.start()
+        guest.up()
+        refused = run(*as_user, guest.uuid, "disk-add", f"{elsewhere}:file:xvdc:w:disk")
+        assert (refused.returncode, "disk-directories" in refused.stderr) == (8, True)
+        added = run(*as_user, guest.uuid, "disk-add", f"{ours}:file:xvdc:w:disk")
+        assert added.returncode == 0, added.stderr
+        assert guest.shell("head -c 4 /dev/xvdc").strip().endswith("ours")
+        assert str(ours) in Path(f"/var/log/xenvm/{guest.uuid}.acts").read_text()
+    finally:
+        policy.unlink()
+        elsewhere.unlink()
+
+
+@pytest.mark.long
 def test_a_disk_in_use_is_refused(vm, image, block):
     """Another guest, a mount and a foreign loop device all count; share=true says that it is meant."""
     shared, mounted = image("shared.img"), block("mounted.img", size=24 * MIB)

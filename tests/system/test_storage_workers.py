@@ -7,21 +7,26 @@ import os
 import pwd
 import signal
 import socket
+import struct
 from pathlib import Path
 
 import pytest
 from conftest import kill, run, until
 
-from xenvm.boundary.messages import Connect, Decrypt, Done, Failed, Hello, Serve, Served
+from xenvm.boundary.messages import Done, Failed, Hello
 from xenvm.boundary.privileges import Role
+from xenvm.boundary.workers import Connect, Decrypt, Serve, Served
+from xenvm.broker import strays
 from xenvm.broker.children import Child
+from xenvm.helpers.storage import nbd
 
 pytestmark = pytest.mark.long
 
 WAIT_S = 120
 MIB = 1 << 20
 SIZE = 16 * MIB
-LABEL = "xenvm-test-image"
+UUID = "11111111-2222-4333-8444-555555555555"
+LABEL = f"xenvm-{UUID}-51712"
 KEY = bytes(range(1, 65))
 CAP_SYS_ADMIN = 21  # linux/capability.h
 
@@ -271,6 +276,24 @@ def test_a_server_that_dies(bench):
         os.pread(device, 4096, 8 * MIB)
     bench.close(device)
     until(lambda: free(node), "the nbd device is free")
+
+
+def test_a_device_that_nobody_arranged_the_end_of_is_found_and_removed(bench):
+    """As after SIGKILL of the worker: connected, with the label, and open nowhere."""
+    served, client = bench.serve(bench.image("qcow2"), "qcow")
+    kernel = nbd.Kernel()
+    wanted = nbd.connect_attributes(served.size_bytes, served.flags, client.fileno(), LABEL)
+    (index,) = struct.unpack("=I", kernel._ask(kernel._family, nbd.NBD_CMD_CONNECT, wanted)[nbd.NBD_ATTR_INDEX])
+    node = f"/dev/nbd{index}"
+    client.close()
+    assert not free(node)
+    assert strays.find(UUID, {51712}, ()).nbds == ()
+    found = strays.find(UUID, (), ())
+    assert found.nbds == (index,)
+    assert [text.split()[0] for text in found.servers] == [str(served.pid)]
+    strays.clear(found, UUID, bench.log)
+    until(lambda: free(node), "the nbd device is free")
+    assert strays.find(UUID, (), ()) == strays.Strays((), (), ())
 
 
 def test_a_connection_that_is_none(bench):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a broker remembers of devices, which bridge a card gets, and what udev may tell it."""
 
+import fcntl
 import os
 import socket
 import stat
@@ -87,6 +88,44 @@ def test_what_was_added_comes_back_with_the_next_domain(book, handed):
     held = again.handed[MORE.device]
     assert held != handed  # a copy of its own
     assert os.path.sameopenfile(held, handed)
+
+
+@pytest.fixture
+def open_to_all(there, ended, tmp_path):
+    """A book whose policy opens a directory, and that directory."""
+    made = Book(HostPolicy("br0", (), (str(tmp_path),)))
+    yield made, tmp_path
+    made.domain_gone(for_good=True)
+
+
+def test_a_file_of_a_directory_of_the_policy_is_opened_here(open_to_all):
+    book, directory = open_to_all
+    (directory / "a.img").write_bytes(b"a" * 512)
+    for read_only, access in ((True, os.O_RDONLY), (False, os.O_RDWR)):
+        opened = []
+        shown = MORE.but(read_only=read_only, path="/etc/shadow")
+        wanted = book.plug(Plug(1, (shown,), (), 0, "a.img"), grants(), opened)
+        assert wanted.disks == (shown.but(path=f"{directory}/a.img"),)
+        assert wanted.handed[MORE.device] == opened[0]
+        assert os.path.samestat(os.fstat(opened[0]), (directory / "a.img").stat())
+        assert fcntl.fcntl(opened[0], fcntl.F_GETFL) & os.O_ACCMODE == access
+        os.close(opened[0])
+
+
+def test_a_file_of_no_such_directory_is_not_opened(open_to_all, handed):
+    book, directory = open_to_all
+    (directory / "link").symlink_to("/etc/passwd")
+    before = descriptors()
+    for number, name, message in (
+        (1, "a.img", "no such directory"),
+        (0, "none", "none: cannot open it: No such file"),
+        (0, "link", "link: cannot open it"),
+    ):
+        with pytest.raises(XenvmError, match=message):
+            book.plug(Plug(1, (MORE,), (), number, name), grants(), [])
+    with pytest.raises(UsageError, match="one device is added at a time"):
+        book.plug(Plug(1, (MORE,), (), 0, "link"), grants(), [handed])
+    assert descriptors() == before
 
 
 def test_what_was_taken_away_again_does_not(book, handed):

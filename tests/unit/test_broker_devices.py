@@ -14,12 +14,10 @@ from xenvm.boundary.devices import DeviceState, DiskGrant, Kind, NicGrant, Vif
 from xenvm.boundary.messages import (
     NO_DOMAIN,
     Created,
-    Decrypt,
     Done,
     Failed,
     Fault,
     Hello,
-    Join,
     Op,
     Phase,
     Plug,
@@ -28,6 +26,7 @@ from xenvm.boundary.messages import (
     Unplug,
 )
 from xenvm.boundary.privileges import Role
+from xenvm.boundary.workers import Decrypt, Join
 from xenvm.broker import book, disks, plugging, uevents
 from xenvm.broker.phases import PERMITS, VmPhase
 from xenvm.broker.work import POSTPONED_LIMIT

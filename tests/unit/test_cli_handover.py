@@ -115,6 +115,15 @@ def test_one_that_cannot_be_opened_is_named(tmp_path):
     assert caught.value.code is ExitCode.FAILED
 
 
+def test_one_that_the_caller_may_not_open_is_the_monitors_to_judge(monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(handover.os, "open", refuse)
+    params, descriptor = handover.opened("disk-add", {"path": "/srv/images/a.img"})
+    assert (params["path"], descriptor) == ("/srv/images/a.img", None)
+
+
 def test_a_fifo_is_not_waited_for(opened, tmp_path):
     """That it is no disk is the broker's to say."""
     os.mkfifo(tmp_path / "fifo")

@@ -14,6 +14,17 @@ from xenvm.parser import hostpolicy
 from xenvm.parser.hostpolicy import LIMIT_BYTES, NO_POLICY, host_policy
 
 
+def test_directories_of_a_policy():
+    text = b'disk-directories = ["/srv/discs", "/var/lib/a b"]\n'
+    assert host_policy(text) == HostPolicy("", (), ("/srv/discs", "/var/lib/a b"))
+
+
+@pytest.mark.parametrize("path", ["", "/", "srv", "/srv/", "//srv", "/srv/../etc", "/srv/./a", "/..", "/a\\u0000b"])
+def test_what_is_no_directory(path):
+    with pytest.raises(ConfigError, match=r"directories|TOML|Illegal|Invalid"):
+        host_policy(f'disk-directories = ["{path}"]'.encode())
+
+
 def test_a_policy():
     text = b'# ours\ndefault-bridge = "br0"\nbridges = ["br0", "dmz"]    # for running guests\n'
     assert host_policy(text) == HostPolicy("br0", ("br0", "dmz"))
@@ -51,7 +62,7 @@ def test_what_is_no_policy(text, match):
 def test_an_unknown_key_is_told_the_known_ones():
     with pytest.raises(ConfigError) as caught:
         host_policy(b"a = 1")
-    assert caught.value.hint == "known are default-bridge, bridges"
+    assert caught.value.hint == "known are default-bridge, bridges, disk-directories"
 
 
 @settings(deadline=None, max_examples=300)

@@ -95,7 +95,7 @@ def test_a_supervisor_names_nothing():
     """
     assert Ask.FIELDS == ("sequence", "op", "text", "code")
     assert Watch.FIELDS == ("event",)
-    assert Plug.FIELDS == ("sequence", "disks", "nics")
+    assert Plug.FIELDS == ("sequence", "disks", "nics", "directory", "file")  # the file by its bare name
     assert Unplug.FIELDS == ("sequence", "kind", "device", "disc", "force", "timeout_s")
     assert Rebridge.FIELDS == ("sequence", "device", "bridge")
 

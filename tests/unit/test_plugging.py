@@ -14,23 +14,19 @@ from xenvm.boundary.devices import DISKS_LIMIT, NICS_LIMIT, DeviceState, DiskGra
 from xenvm.boundary.frames import BODY_LIMIT_BYTES, encode
 from xenvm.boundary.messages import (
     NO_DOMAIN,
-    Connect,
     CpuidRule,
-    Decrypt,
     Done,
     Failed,
     Fault,
     Grants,
     HostPolicy,
     Job,
-    Join,
     Op,
     Parsed,
     Progress,
-    Serve,
-    Served,
 )
 from xenvm.boundary.privileges import Role
+from xenvm.boundary.workers import Connect, Decrypt, Join, Serve, Served
 from xenvm.broker import disks, plugging
 from xenvm.broker.plugging import Plugging, Wanted
 from xenvm.errors import BusyError, ExitCode, ProtocolError, XenvmError

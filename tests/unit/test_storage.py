@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from xenvm.boundary.messages import Decrypt
+from xenvm.boundary.workers import Decrypt
 from xenvm.errors import XenvmError
 from xenvm.helpers.storage import crypt, nbd
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from xenvm.boundary.devices import NICS_LIMIT, DeviceState, DiskGrant, Kind, NicGrant
 from xenvm.boundary.frames import decode, encode
 from xenvm.boundary.messages import NO_DOMAIN, Ask, Done, Init, Op, Plug, Policy, Rebridge, Unplug
-from xenvm.errors import UsageError, WrongStateError
+from xenvm.errors import ExitCode, UsageError, WrongStateError, XenvmError
 from xenvm.model import derived_mac
 from xenvm.supervisor import commands, devices
 from xenvm.supervisor.devices import COMMANDS, STATES, answer, request
@@ -18,7 +18,7 @@ from xenvm.supervisor.devices import COMMANDS, STATES, answer, request
 UUID = "11111111-2222-4333-8444-555555555555"
 INIT = Init(
     *(UUID, "web", "/etc/a.cfg", 64, 1, False, True, os.getpid(), 10, 11),
-    *(Policy("started", "destroy", "reboot", "destroy", 60, 25), {}),
+    *(Policy("started", "destroy", "reboot", "destroy", 60, 25), ("/srv/discs", "/srv/images"), {}),
 )
 DISK = DeviceState(Kind.VBD, 51712, "xvda", 4, 4, False, "phy:/dev/vg/a", "", "")
 DISC = DeviceState(Kind.VBD, 51728, "xvdb", 2, 1, True, "file:/a.iso", "", "")
@@ -50,6 +50,20 @@ def disk(device=51728, name="xvdb", *, kind="file", path="handed over", read_onl
 
 
 # Requests
+
+
+def test_a_disk_without_descriptor_is_a_file_of_a_directory_that_is_open_to_all():
+    plug = devices.disk_add("disk-add", 5, {"device": "xvdb", "path": "/srv/images/a b.img"})
+    named = devices.by_policy("disk-add", plug, "/srv/images/a b.img", INIT.directories)
+    assert named == plug.but(directory=1, file="a b.img")
+    assert decode(encode(named)) == named
+    for path in ("", "/", "/srv/images", "/srv/images/", "/srv/images/sub/a", "a", "/etc/shadow", "/srv/images/../a"):
+        with pytest.raises(XenvmError, match="lies in no directory that is open") as caught:
+            devices.by_policy("disk-add", plug, path, INIT.directories)
+        assert caught.value.code is ExitCode.PERMISSION_REFUSED
+    for name in (".", "..", "x" * 256):
+        with pytest.raises(UsageError, match="path: Plug.file"):
+            devices.by_policy("disk-add", plug, f"/srv/images/{name}", INIT.directories)
 
 
 def test_each_command_has_its_request():

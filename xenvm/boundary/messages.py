@@ -25,7 +25,6 @@ from xenvm.boundary.checks import (
 )
 from xenvm.boundary.devices import (
     BRIDGE,
-    CIPHER,
     DEVICE_MAX,
     DISK_GRANTS,
     NIC_GRANTS,
@@ -40,6 +39,7 @@ from xenvm.boundary.devices import (
     Vbd,
     Vif,
 )
+from xenvm.boundary.workers import Connect, Decrypt, Join, Release, Serve, Served
 from xenvm.errors import ExitCode
 
 TYPE_CHECKING = False
@@ -107,6 +107,10 @@ class WatchEvent(StrEnum):
     ARMED = "armed"
     RELEASED = "released"
 
+
+DIRECTORIES_LIMIT: Final = 16
+DIRECTORY: Final = re.compile(r"(/(?!\.{1,2}(/|$))[^/\0]+)+")  # absolute, without empty, `.` and `..` parts
+FILE_NAME: Final = re.compile(r"((?!\.{1,2}$)[^/\0]+)?")
 
 _UUID_TEXT = string(36, UUID)
 _NAME_TEXT = string(64, NAME)
@@ -243,11 +247,19 @@ class FileNeed(Checked):
 
 
 class HostPolicy(Checked):
-    """What /etc/xenvm/policy.toml says for all VMs of the host; "" and () without it."""
+    """What /etc/xenvm/policy.toml says for all VMs of the host; "" and () without it.
+
+    `directories` are those whose files clients may add as disks, whoever may open them.
+    """
 
     default_bridge: str
     bridges: tuple[str, ...]
-    CHECKS: ClassVar = {"default_bridge": string(15, BRIDGE), "bridges": array(string(15, BRIDGE), 256)}
+    directories: tuple[str, ...] = ()
+    CHECKS: ClassVar = {
+        "default_bridge": string(15, BRIDGE),
+        "bridges": array(string(15, BRIDGE), 256),
+        "directories": array(string(1024, DIRECTORY), DIRECTORIES_LIMIT),
+    }
 
 
 class ConfigIssue(Checked):
@@ -295,6 +307,7 @@ class Init(Message):
     all_gid: int
     read_gid: int
     policy: Policy
+    directories: tuple[str, ...]
     fields: dict[str, str]
     KIND: ClassVar = 2
     CHECKS: ClassVar = {
@@ -309,6 +322,7 @@ class Init(Message):
         "all_gid": number(-1, INT32_MAX),
         "read_gid": number(-1, INT32_MAX),
         "policy": Policy.from_body,
+        "directories": array(string(1024, DIRECTORY), DIRECTORIES_LIMIT),
         "fields": table(string(64), string(32768), 256),
     }
 
@@ -442,17 +456,24 @@ class Outcome(Message):
 
 
 class Plug(Message):
-    """Supervisor to broker: give the running guest one more device. A disk comes with its descriptor."""
+    """Supervisor to broker: give the running guest one more device. A disk comes with its descriptor.
+
+    Or it is the file `file` of the host policy's directory number `directory` (-1: none).
+    """
 
     sequence: int
     disks: tuple[DiskGrant, ...]
     nics: tuple[NicGrant, ...]
+    directory: int = -1
+    file: str = ""
     KIND: ClassVar = 11
     DESCRIPTORS: ClassVar = 1
     CHECKS: ClassVar = {
         "sequence": _SEQUENCE,
         "disks": array(DiskGrant.from_body, 1),
         "nics": array(NicGrant.from_body, 1),
+        "directory": number(-1, DIRECTORIES_LIMIT - 1),
+        "file": string(255, FILE_NAME),
     }
 
 
@@ -507,83 +528,6 @@ class Ready(Message):
     vbds: tuple[Vbd, ...]
     KIND: ClassVar = 15
     CHECKS: ClassVar = {"vbds": VBDS}
-
-
-class Join(Message):
-    """Broker to network: put each card's interface into its bridge, when the kernel has made it, within `timeout_s`."""
-
-    domid: int
-    vifs: tuple[Vif, ...]
-    timeout_s: int
-    KIND: ClassVar = 16
-    CHECKS: ClassVar = {"domid": number(1, 0x7FEF), "vifs": VIFS, "timeout_s": _SECONDS}
-
-
-class Serve(Message):
-    """Broker to image: serve this image. Descriptors: the image, a listening socket, a socket connected to it.
-
-    `label` is how the process that serves it is known, and how the kernel's device of it is.
-    """
-
-    format: str
-    read_only: bool
-    label: str
-    KIND: ClassVar = 17
-    DESCRIPTORS: ClassVar = 3
-    CHECKS: ClassVar = {"format": string(8, re.compile("qcow|vhd")), "read_only": flag, "label": _NAME_TEXT}
-
-
-class Served(Message):
-    """Image to broker: the connected socket is now an NBD connection (nbd.h) to process `pid`."""
-
-    size_bytes: int
-    flags: int
-    pid: int
-    KIND: ClassVar = 18
-    CHECKS: ClassVar = {"size_bytes": number(512, 2**62), "flags": number(0, 0xFFFF), "pid": number(1, INT32_MAX)}
-
-
-class Connect(Message):
-    """Broker to storage: make a kernel block device of an NBD connection, which comes along; Done brings it open."""
-
-    size_bytes: int
-    flags: int
-    read_only: bool
-    label: str
-    KIND: ClassVar = 19
-    DESCRIPTORS: ClassVar = 1
-    CHECKS: ClassVar = {
-        "size_bytes": number(512, 2**62),
-        "flags": number(0, 0xFFFF),
-        "read_only": flag,
-        "label": _NAME_TEXT,
-    }
-
-
-class Decrypt(Message):
-    """Broker to storage: put dm-crypt over a block device. Descriptors: that, and the key file; Done brings it open."""
-
-    name: str
-    cipher: str
-    key_size_bits: int
-    read_only: bool
-    KIND: ClassVar = 20
-    DESCRIPTORS: ClassVar = 2
-    CHECKS: ClassVar = {
-        "name": _NAME_TEXT,
-        "cipher": string(64, CIPHER),
-        "key_size_bits": number(64, 4096),
-        "read_only": flag,
-    }
-
-
-class Release(Message):
-    """Broker to storage: remove what dead workers left: mappings by name, nbd devices by their number in /dev."""
-
-    mappings: tuple[str, ...]
-    nbds: tuple[int, ...]
-    KIND: ClassVar = 21
-    CHECKS: ClassVar = {"mappings": array(_NAME_TEXT, 64), "nbds": array(number(0, 2**20), 64)}
 
 
 KINDS: Final[Mapping[int, type[Message]]] = {

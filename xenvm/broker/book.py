@@ -8,6 +8,7 @@ import os
 
 from xenvm.boundary.devices import DISKS_LIMIT, DiskGrant, Kind, NicGrant
 from xenvm.broker import bridges
+from xenvm.broker.host import open_in
 from xenvm.broker.plugging import Wanted
 from xenvm.broker.servers import end_server
 from xenvm.errors import ExitCode, UsageError, XenvmError
@@ -23,7 +24,7 @@ class Book:
     """Devices of one VM. What was added by command comes back after a restart, as long as the same monitor lives."""
 
     def __init__(self, policy: HostPolicy) -> None:
-        self._policy = policy
+        self.policy = policy
         self._disks: dict[int, tuple[DiskGrant, int]] = {}
         self._nics: dict[int, NicGrant] = {}
         self._servers: dict[int, str] = {}
@@ -35,20 +36,33 @@ class Book:
         added = tuple(grant for grant, _ in self._disks.values())
         disks = tuple(grant for grant in grants.disks if grant.path and grant.device not in self._disks)
         nics = tuple(nic for nic in grants.nics if nic.id not in self._nics)
-        vifs = bridges.choose((*nics, *self._nics.values()), self._policy.default_bridge)
+        vifs = bridges.choose((*nics, *self._nics.values()), self.policy.default_bridge)
         return Wanted((*disks, *added), vifs, {device: held for device, (_, held) in self._disks.items()})
 
     def plug(self, plug: Plug, grants: Grants, descriptors: list[int]) -> Wanted:
-        """Return what a request to add a device means; raise XenvmError when it may not be."""
-        if len(plug.disks) + len(plug.nics) != 1 or len(descriptors) != len(plug.disks):
+        """Return what a request to add a device means; raise XenvmError when it may not be.
+
+        A file of a directory that the host's policy names is opened here, and put into `descriptors`.
+        """
+        named = plug.file != "" and plug.directory >= 0
+        if len(plug.disks) + len(plug.nics) != 1 or len(descriptors) + named != len(plug.disks):
             raise UsageError("one device is added at a time, a disk with its descriptor")
         if plug.disks:
-            if plug.disks[0].cipher:
+            disk = plug.disks[0]
+            if disk.cipher:
                 raise UsageError("an encrypted disk cannot be added while the guest runs: put it into the config file")
-            self._check_place(plug.disks[0], grants)
-            return Wanted(plug.disks, (), {plug.disks[0].device: descriptors[0]})
+            self._check_place(disk, grants)
+            if named:
+                disk = disk.but(path=f"{self._directory(plug.directory)}/{plug.file}")
+                descriptors.append(open_in(self._directory(plug.directory), plug.file, read_only=disk.read_only))
+            return Wanted((disk,), (), {disk.device: descriptors[0]})
         self._check_address(plug.nics[0], grants)
         return Wanted((), (self.bridged(plug.nics[0], grants),), {})
+
+    def _directory(self, number: int) -> str:
+        if number >= len(self.policy.directories):
+            raise XenvmError("the host's policy has no such directory", code=ExitCode.PERMISSION_REFUSED)
+        return self.policy.directories[number]
 
     def _check_place(self, disk: DiskGrant, grants: Grants) -> None:
         """Refuse one disk too many, and one that a Linux guest cannot tell from another one."""
@@ -71,9 +85,9 @@ class Book:
 
     def bridged(self, nic: NicGrant, grants: Grants) -> Vif:
         """Choose the bridge of a card that is added or moved: one that config or host policy names, or the only one."""
-        vif = bridges.choose((nic,), self._policy.default_bridge)[0]
+        vif = bridges.choose((nic,), self.policy.default_bridge)[0]
         there = bridges.bridges()
-        allowed = {nic.bridge for nic in grants.nics} | {*self._policy.bridges, self._policy.default_bridge}
+        allowed = {nic.bridge for nic in grants.nics} | {*self.policy.bridges, self.policy.default_bridge}
         allowed.update(there if len(there) == 1 else [])
         if nic.bridge and nic.bridge not in allowed:
             raise XenvmError(

@@ -214,7 +214,8 @@ class Broker:
         self._send_init(first=first)
 
     def _send_init(self, *, first: bool) -> None:
-        self._to_supervisor(host.introduction(self._grants, self._policy, self._fields, self._config_file, first=first))
+        known = (self._grants, self._policy, self._book.policy, self._fields, self._config_file)
+        self._to_supervisor(host.introduction(*known, first=first))
 
     def _start_watcher(self) -> None:
         self._watcher_due = 0.0
@@ -357,6 +358,7 @@ class Broker:
                 )
             elif isinstance(request, Plug):
                 change = Change(self._book.plug(request, self._grants, descriptors), timeout_s=timeout_s)
+                self._acts.append("plug", devices=[part.as_body() for part in (*request.disks, *request.nics)])
             else:
                 nic = NicGrant(request.device, request.bridge, "00:00:00:00:00:00")
                 change = Change(Wanted((), (self._book.bridged(nic, self._grants),)), timeout_s=timeout_s)

@@ -9,7 +9,7 @@ import os
 import socket
 import stat
 
-from xenvm.boundary.messages import ConfigIssue, FileNeed, Grants, Init, Parsed, Policy
+from xenvm.boundary.messages import ConfigIssue, FileNeed, Grants, HostPolicy, Init, Parsed, Policy
 from xenvm.errors import BusyError, XenvmError
 
 TYPE_CHECKING = False
@@ -31,7 +31,15 @@ def group_id(name: str) -> int:
         return -1
 
 
-def introduction(grants: Grants, policy: Policy, fields: dict[str, str], config_file: str, *, first: bool) -> Init:
+def introduction(
+    grants: Grants,
+    policy: Policy,
+    host_policy: HostPolicy,
+    fields: dict[str, str],
+    config_file: str,
+    *,
+    first: bool,
+) -> Init:
     """Return what a supervisor is told: whom it serves, and which groups of this host may command."""
     return Init(
         uuid=grants.uuid,
@@ -45,6 +53,7 @@ def introduction(grants: Grants, policy: Policy, fields: dict[str, str], config_
         all_gid=group_id(ALL_GROUP),
         read_gid=group_id(READ_GROUP),
         policy=policy,
+        directories=host_policy.directories,
         fields=fields,
     )
 
@@ -133,6 +142,20 @@ def open_image(path: str) -> int:
         os.close(descriptor)
         raise OSError(0, "not a regular file")
     return descriptor
+
+
+def open_in(directory: str, name: str, *, read_only: bool) -> int:
+    """Open a file that lies in a directory of the host's policy; raise XenvmError when it is a link, or not there."""
+    access = os.O_RDONLY if read_only else os.O_RDWR
+    try:
+        place = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            flags = access | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+            return os.open(name, flags, dir_fd=place)
+        finally:
+            os.close(place)
+    except OSError as error:
+        raise XenvmError(f"{directory}/{name}: cannot open it: {error.strerror}") from error
 
 
 def open_images(grants: Grants) -> list[int]:

@@ -13,8 +13,9 @@ import socket
 from types import MappingProxyType
 
 from xenvm.boundary.devices import Vbd, label
-from xenvm.boundary.messages import Connect, Decrypt, Done, Failed, Join, Serve, Served
+from xenvm.boundary.messages import Done, Failed
 from xenvm.boundary.privileges import Role
+from xenvm.boundary.workers import Connect, Decrypt, Join, Serve, Served
 from xenvm.broker import disks
 from xenvm.broker.children import Child
 from xenvm.broker.servers import end_server, server_text

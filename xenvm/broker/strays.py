@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 
 from xenvm.boundary.devices import label
-from xenvm.boundary.messages import Failed, Release
+from xenvm.boundary.messages import Failed
 from xenvm.boundary.privileges import Role
+from xenvm.boundary.workers import Release
 from xenvm.broker.children import Child
 from xenvm.broker.servers import end_server, server_text
 from xenvm.broker.work import ask_once

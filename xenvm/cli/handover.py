@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 FORM = "PATH:TYPE:DEVICE:MODE:DEVTYPE"
 
 
-def opened(command: str, given: Mapping[str, str]) -> tuple[dict[str, str], int]:
+def opened(command: str, given: Mapping[str, str]) -> tuple[dict[str, str], int | None]:
     """Return the parameters of the request, and an open descriptor of the disk.
 
-    The config file's form of a disk is taken apart first. UsageError when a part is missing, XenvmError when the disk
+    That is None for one that the caller may not open: the monitor says whether the host's policy lets it be added. The
+    config file's form of a disk is taken apart first. UsageError when a part is missing, XenvmError when the disk
     cannot be opened.
     """
     params = dict(given)
@@ -36,6 +37,8 @@ def opened(command: str, given: Mapping[str, str]) -> tuple[dict[str, str], int]
     access = os.O_RDONLY if mode == "r" else os.O_RDWR
     try:
         return params, os.open(path, access | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except PermissionError:
+        return params, None
     except OSError as error:
         raise XenvmError(f"{command}: cannot open {path}: {error.strerror}") from error
 

@@ -3,6 +3,7 @@
 
 default-bridge = "br0"
 bridges = ["br0", "dmz"]    # those a card may be added to or moved to while a guest runs
+disk-directories = ["/srv/discs"]    # those whose files may be added as disks by clients who cannot open them
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 PATH: Final = "/etc/xenvm/policy.toml"
 LIMIT_BYTES: Final = 16 * 1024
 NO_POLICY: Final = HostPolicy("", ())
-_KEYS: Final = {"default-bridge": "default_bridge", "bridges": "bridges"}
+_KEYS: Final = {"default-bridge": "default_bridge", "bridges": "bridges", "disk-directories": "directories"}
 
 
 def prepare(descriptor: int) -> None:

@@ -7,13 +7,13 @@ from types import MappingProxyType
 
 from xenvm.boundary.devices import BRIDGE, MAC, NICS_LIMIT, DeviceState, DiskGrant, Kind, NicGrant
 from xenvm.boundary.messages import Ask, Done, Init, Op, Plug, Rebridge, Unplug
-from xenvm.errors import ProtocolError, UsageError, WrongStateError
+from xenvm.errors import ExitCode, ProtocolError, UsageError, WrongStateError, XenvmError
 from xenvm.model import Uuid, derived_mac, virtual_device_number
 from xenvm.supervisor.commands import boolean, seconds
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from typing import Final
 
     Params = Mapping[str, str]
@@ -103,6 +103,24 @@ def disk_add(command: str, sequence: int, params: Params) -> Plug:
         key_file="",
     )
     return Plug(sequence, (_passable(grant),), ())
+
+
+def by_policy(command: str, plug: Plug, path: str, directories: Sequence[str]) -> Plug:
+    """Return the request for a disk that came without its descriptor: its file is in a directory that is open to all.
+
+    Raise XenvmError when it is not.
+    """
+    directory, _, name = path.rpartition("/")
+    if not name or directory not in directories:
+        raise XenvmError(
+            f"{command}: {path[:200]!a} was not handed over, and lies in no directory that is open to clients",
+            hint="add one that you may open, or name its directory under disk-directories in /etc/xenvm/policy.toml",
+            code=ExitCode.PERMISSION_REFUSED,
+        )
+    try:
+        return Plug.from_body(plug.but(directory=[*directories].index(directory), file=name).as_body())
+    except ProtocolError as error:
+        raise UsageError(f"{command}: path: {error.message}") from None
 
 
 def _passable(grant: DiskGrant) -> DiskGrant:

@@ -505,7 +505,7 @@ class Supervisor:
         op, message = devices.request(name, self._sequence, params, self._init, self._nics)
         handed = client.take_handed() if isinstance(message, Plug) and message.disks else []
         if isinstance(message, Plug) and len(handed) != len(message.disks):
-            raise UsageError(f"{name}: the disk comes as an open descriptor", hint="xenvm-cmd opens it and sends it")
+            message = devices.by_policy(name, message, params.get("path", ""), self._init.directories)
         try:
             self._broker.send(message, handed)
         finally:

@@ -13,8 +13,9 @@ import os
 import socket
 import stat
 
-from xenvm.boundary.messages import NO_DOMAIN, Failed, Fault, Serve, Served
+from xenvm.boundary.messages import NO_DOMAIN, Failed, Fault
 from xenvm.boundary.privileges import Role
+from xenvm.boundary.workers import Serve, Served
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 from xenvm.helpers import serve
 from xenvm.helpers.image import header

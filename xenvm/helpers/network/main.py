@@ -10,8 +10,9 @@ import socket
 import time
 
 from xenvm.boundary.devices import Vif
-from xenvm.boundary.messages import NO_DOMAIN, Done, Failed, Fault, Join
+from xenvm.boundary.messages import NO_DOMAIN, Done, Failed, Fault
 from xenvm.boundary.privileges import Role
+from xenvm.boundary.workers import Join
 from xenvm.errors import ExitCode, ProtocolError, TimeoutExpiredError, XenvmError
 from xenvm.helpers import serve
 from xenvm.helpers.network import link

@@ -23,7 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
-    from xenvm.boundary.messages import Decrypt
+    from xenvm.boundary.workers import Decrypt
 
 CONTROL: Final = "/dev/mapper/control"
 # struct dm_ioctl: version (3), size of all, start of the data, targets, openers, flags, event, padding, device, name,

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import os
 
-from xenvm.boundary.messages import NO_DOMAIN, Connect, Decrypt, Done, Failed, Fault, Release
+from xenvm.boundary.messages import NO_DOMAIN, Done, Failed, Fault
 from xenvm.boundary.privileges import Role
+from xenvm.boundary.workers import Connect, Decrypt, Release
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 from xenvm.helpers import serve
 from xenvm.helpers.storage import crypt, nbd

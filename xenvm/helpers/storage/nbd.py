@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Final
 
-    from xenvm.boundary.messages import Connect
+    from xenvm.boundary.workers import Connect
 
 HEADER: Final = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
 GENERIC: Final = struct.Struct("=BBxx")  # struct genlmsghdr: command, version

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the broker says to the workers for disks and cards (network, image, storage), and they to it. No I/O."""
+
+from __future__ import annotations
+
+import re
+
+from xenvm.boundary.checks import INT32_MAX, NAME, Message, array, flag, number, string
+from xenvm.boundary.devices import CIPHER, VIFS, Vif
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import ClassVar
+
+_NAME_TEXT = string(64, NAME)
+_SECONDS = number(1, 86400)
+
+
+class Join(Message):
+    """Broker to network: put each card's interface into its bridge, when the kernel has made it, within `timeout_s`."""
+
+    domid: int
+    vifs: tuple[Vif, ...]
+    timeout_s: int
+    KIND: ClassVar = 16
+    CHECKS: ClassVar = {"domid": number(1, 0x7FEF), "vifs": VIFS, "timeout_s": _SECONDS}
+
+
+class Serve(Message):
+    """Broker to image: serve this image. Descriptors: the image, a listening socket, a socket connected to it.
+
+    `label` is how the process that serves it is known, and how the kernel's device of it is.
+    """
+
+    format: str
+    read_only: bool
+    label: str
+    KIND: ClassVar = 17
+    DESCRIPTORS: ClassVar = 3
+    CHECKS: ClassVar = {"format": string(8, re.compile("qcow|vhd")), "read_only": flag, "label": _NAME_TEXT}
+
+
+class Served(Message):
+    """Image to broker: the connected socket is now an NBD connection (nbd.h) to process `pid`."""
+
+    size_bytes: int
+    flags: int
+    pid: int
+    KIND: ClassVar = 18
+    CHECKS: ClassVar = {"size_bytes": number(512, 2**62), "flags": number(0, 0xFFFF), "pid": number(1, INT32_MAX)}
+
+
+class Connect(Message):
+    """Broker to storage: make a kernel block device of an NBD connection, which comes along; Done brings it open."""
+
+    size_bytes: int
+    flags: int
+    read_only: bool
+    label: str
+    KIND: ClassVar = 19
+    DESCRIPTORS: ClassVar = 1
+    CHECKS: ClassVar = {
+        "size_bytes": number(512, 2**62),
+        "flags": number(0, 0xFFFF),
+        "read_only": flag,
+        "label": _NAME_TEXT,
+    }
+
+
+class Decrypt(Message):
+    """Broker to storage: put dm-crypt over a block device. Descriptors: that, and the key file; Done brings it open."""
+
+    name: str
+    cipher: str
+    key_size_bits: int
+    read_only: bool
+    KIND: ClassVar = 20
+    DESCRIPTORS: ClassVar = 2
+    CHECKS: ClassVar = {
+        "name": _NAME_TEXT,
+        "cipher": string(64, CIPHER),
+        "key_size_bits": number(64, 4096),
+        "read_only": flag,
+    }
+
+
+class Release(Message):
+    """Broker to storage: remove what dead workers left: mappings by name, nbd devices by their number in /dev."""
+
+    mappings: tuple[str, ...]
+    nbds: tuple[int, ...]
+    KIND: ClassVar = 21
+    CHECKS: ClassVar = {"mappings": array(_NAME_TEXT, 64), "nbds": array(number(0, 2**20), 64)}
