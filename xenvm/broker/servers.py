@@ -17,14 +17,25 @@ if TYPE_CHECKING:
 END_WAIT_MS: Final = 3000
 
 
-def server_text(pid: int) -> str:
-    """Return pid and start time of a process of ours (the form of Vbd.server), "" when there is none such."""
+def server_uid() -> int:
+    """Return the user that image servers run as; -1 when the host has none such."""
+    try:
+        return pwd.getpwnam(TABLE[Role.IMAGE].user or "").pw_uid
+    except KeyError:
+        return -1
+
+
+def server_text(pid: int, uid: int | None = None) -> str:
+    """Return pid and start time of a process of ours (the form of Vbd.server), "" when there is none such.
+
+    `uid` is what server_uid says; who asks for many processes passes it.
+    """
     try:
         descriptor = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
         return ""
     try:
-        if os.fstat(descriptor).st_uid != pwd.getpwnam(TABLE[Role.IMAGE].user or "").pw_uid:
+        if os.fstat(descriptor).st_uid != (server_uid() if uid is None else uid):
             return ""
         stat = os.open("stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=descriptor)
         try:
@@ -32,7 +43,7 @@ def server_text(pid: int) -> str:
         finally:
             os.close(stat)
         return f"{pid} {int(fields[19])}"  # starttime, the 22nd field of proc(5)
-    except (OSError, KeyError, IndexError, ValueError):
+    except (OSError, IndexError, ValueError):
         return ""
     finally:
         os.close(descriptor)

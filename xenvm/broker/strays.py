@@ -13,7 +13,7 @@ from xenvm.boundary.messages import Failed
 from xenvm.boundary.privileges import Role
 from xenvm.boundary.workers import Release
 from xenvm.broker.children import Child
-from xenvm.broker.servers import end_server, server_text
+from xenvm.broker.servers import end_server, server_text, server_uid
 from xenvm.broker.work import ask_once
 from xenvm.errors import XenvmError
 from xenvm.record import Record
@@ -74,9 +74,9 @@ def _unused(name: str, uuid: str, used: Collection[int]) -> bool:
 def _servers(uuid: str) -> list[str]:
     """Return the image servers of this VM. What they say of themselves is compared, and means nothing else."""
     mark = f'"id":"{label(uuid, 0)[:-1]}'.encode("ascii")
-    found = []
+    found, uid = [], server_uid()
     for name in os.listdir("/proc"):  # noqa: PTH208
-        text = server_text(int(name)) if name.isdigit() else ""
+        text = server_text(int(name), uid) if name.isdigit() else ""
         if text and mark in _read(f"/proc/{name}/cmdline", COMMAND_BYTES):
             found.append(text)
     return sorted(found)
