@@ -47,7 +47,7 @@ def test_a_request_without_its_descriptors(count, tmp_path):
     with (tmp_path / "key").open("wb") as file:
         _, answer, _ = ask(Decrypt("x", "aes", 256, False), [file.fileno()] * count, tmp_path)
     assert isinstance(answer, Failed)
-    assert "connects or decrypts one device" in answer.fault.message
+    assert "connects, decrypts or releases" in answer.fault.message
 
 
 @pytest.mark.skipif(os.path.exists(nbd.MODULE), reason="the module is loaded")
