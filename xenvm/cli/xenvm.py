@@ -6,6 +6,7 @@ Run by root it only opens the config file and starts the broker; a process witho
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -32,6 +33,7 @@ stays, for a service manager. Exit status: 0 done, 1 failed, 2 usage, 6 config r
 monitor already. FILE is described in xenvm.cfg(5); xenvm-cmd(1) commands the monitor.
 """
 START_WAIT_S: Final = 1800.0  # every step of a start has a shorter deadline of its own
+END_WAIT_S: Final = 10.0  # for a monitor that could not start
 PARSE_WAIT_S: Final = 30.0
 STATUS, CONFIG, HOST_POLICY = 3, 4, 5
 HOST_POLICY_FILE: Final = "/etc/xenvm/policy.toml"
@@ -101,13 +103,16 @@ def _start(path: str, config: int, place: Place, *, foreground: bool) -> int:
     from xenvm.boundary.messages import Outcome  # noqa: PLC0415
     from xenvm.cli.render import plain  # noqa: PLC0415
 
-    received = Channel(ours).receive(deadline_s=START_WAIT_S)
+    channel = Channel(ours)
+    received = channel.receive(deadline_s=START_WAIT_S)
     if received is None:
         raise XenvmError("the monitor ended without a word", hint=f"its log is in {place.logs}")
     outcome = received[0]
     if not isinstance(outcome, Outcome):
         raise ProtocolError("the monitor answered with something else")
     if outcome.code:
+        with contextlib.suppress(XenvmError):  # a start that is tried again finds nothing of this one
+            channel.receive(deadline_s=END_WAIT_S)
         sys.stderr.write(plain(outcome.text) + "\n")
     else:
         sys.stdout.write(f"{outcome.uuid}\n" + (f"{plain(outcome.text)}\n" if outcome.text else ""))

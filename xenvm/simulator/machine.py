@@ -77,6 +77,8 @@ class Machine:
         self.domains: dict[int, Domain] = {}
         self._next = 1
         self.connections = 0
+        self.slow_s: dict[str, float] = {}
+        """How long calls of a name take: a real hypervisor takes its time too, and tests want to act meanwhile."""
         self.store = Xenstored(loop, f"{directory}/xenstored/socket")
         self.store.exists = lambda domid: domid in self.domains
         self.kernel = Kernel(loop, self.store, directory, self._backend_changed)
@@ -165,6 +167,9 @@ class Machine:
 
     def _call_loop(self) -> None:
         """Take an image, see call."""
+
+    def _call_slow(self, calls: list[str], milliseconds: int) -> None:
+        self.slow_s = dict.fromkeys(calls, milliseconds / 1000)
 
     def _call_info(self) -> dict[str, int]:
         used_kib = sum(domain.memory_kib for domain in self.domains.values())
@@ -303,21 +308,37 @@ class _Caller:
             if not request:
                 self._close()
                 return
-            self._answer(request, descriptors)
+            self._take(request, descriptors)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
 
-    def _answer(self, request: bytes, descriptors: list[int]) -> None:
+    def _take(self, request: bytes, descriptors: list[int]) -> None:
+        """Answer a request, at once or, where calls are slow, after a while (then it is not done before)."""
         try:
             arguments = json.loads(request)
-            answer: dict[str, object] = {
-                "result": self._machine.call(arguments.pop("op"), arguments, descriptors, self)
-            }
+            op = arguments.pop("op")
+            wait_s = self._machine.slow_s.get(op, 0.0)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self._send({"error": "not a call of the simulated machine"})
+            return
+        if wait_s and not descriptors:
+            self._loop.after(wait_s, lambda: self._answer(op, arguments, []))
+        else:
+            self._answer(op, arguments, descriptors)
+
+    def _answer(self, op: str, arguments: dict[str, Any], descriptors: list[int]) -> None:
+        if self._socket.fileno() < 0:  # whoever asked has gone
+            return
+        try:
+            answer: dict[str, object] = {"result": self._machine.call(op, arguments, descriptors, self)}
         except CallError as error:
             answer = {"error": error.message, "hint": error.hint}
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             answer = {"error": f"not a call of the simulated machine: {error}"}
+        self._send(answer)
+
+    def _send(self, answer: dict[str, object]) -> None:
         try:
             self._socket.send(json.dumps(answer, separators=(",", ":")).encode("ascii"))
         except OSError:
