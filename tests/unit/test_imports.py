@@ -39,6 +39,7 @@ MODULES = {
     Role.NETWORK: ["xenvm.helpers.network.main"],
     Role.IMAGE: ["xenvm.helpers.image.main"],
     Role.STORAGE: ["xenvm.helpers.storage.main"],
+    Role.SIMULATOR: ["xenvm.simulator.main"],
 }
 HEAVY = {
     "argparse",
@@ -67,6 +68,11 @@ FORBIDDEN = {
         (Role.NETWORK, Role.IMAGE, Role.STORAGE),
         HEAVY | {"pyxs", "threading", "logging", "xenvm.config", "xenvm.broker", "xenvm.supervisor", "xenvm._xen"},
     ),
+}
+# No process of a monitor of Xen's loads anything of the simulator, and that has nothing of the monitors.
+FORBIDDEN = {role: names | {"xenvm.simulator"} for role, names in FORBIDDEN.items()}
+FORBIDDEN[Role.SIMULATOR] = {"subprocess", "multiprocessing", "pickle", "ctypes", "pyxs", "threading"} | {
+    *("xenvm.config", "xenvm.broker", "xenvm.supervisor", "xenvm.helpers", "xenvm._xen"),
 }
 # What only one helper has use for; the others do not even load it.
 OWN = {

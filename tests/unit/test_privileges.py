@@ -5,9 +5,11 @@ import pytest
 
 from xenvm.boundary.messages import Op
 from xenvm.boundary.privileges import (
+    ANYBODY,
     BASE_SYSCALLS,
     DESCRIPTOR_IOCTLS,
     FCNTL_COMMANDS,
+    HOST,
     KILL_LIST,
     MONITOR,
     NO_EXECUTABLE_MEMORY,
@@ -22,7 +24,9 @@ from xenvm.boundary.privileges import (
     markdown_table,
 )
 
-NOT_BROKER = [role for role in Role if role is not Role.BROKER]
+# simulator: no process of a monitor, and never on a host with Xen
+MONITORS = [role for role in Role if role is not Role.SIMULATOR]
+NOT_BROKER = [role for role in MONITORS if role is not Role.BROKER]
 # image: a program of others inherits its row, and it must be able to start that program
 FILTERED = [role for role in NOT_BROKER if role is not Role.IMAGE]
 # What a role may do beyond the others, each with its reason beside its row.
@@ -51,7 +55,7 @@ def test_every_role_has_its_row():
     assert all(row.role is role for role, row in TABLE.items())
 
 
-@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize("role", MONITORS)
 def test_every_row(role):
     row = TABLE[role]
     assert row.no_new_privs
@@ -100,6 +104,18 @@ def test_what_only_tries_a_killed_call_lives_below_the_broker_too():
     assert TABLE[Role.IMAGE].refused & KILL_LIST <= TABLE[Role.BROKER].refused
 
 
+def test_a_simulated_host_has_no_privilege_and_runs_nothing():
+    row = TABLE[Role.SIMULATOR]
+    assert row.user == ANYBODY
+    assert not row.capabilities
+    assert row.no_new_privs
+    paths = {"openat", "mkdir", "rmdir", "unlink", "unlinkat"}
+    assert row.syscalls & FORBIDDEN == paths
+    assert row.limits["NPROC"] == 0
+    assert row.lifetime == HOST
+    assert not {kind for kind in row.extra_descriptors if kind.startswith("/dev/xen")}
+
+
 def test_no_two_roles_share_a_user():
     users = [row.user for row in TABLE.values() if row.user is not None]
     assert len(set(users)) == len(users)
@@ -135,7 +151,7 @@ def test_only_the_builder_holds_the_hypervisor():
 
 def test_only_the_builder_may_ask_the_hypervisor():
     assert {role for role in Role if TABLE[role].ioctls & XEN_IOCTLS} == {Role.BUILDER}
-    assert all(TABLE[role].ioctls == DESCRIPTOR_IOCTLS | IOCTLS.get(role, set()) for role in Role)
+    assert all(TABLE[role].ioctls == DESCRIPTOR_IOCTLS | IOCTLS.get(role, set()) for role in MONITORS)
 
 
 def test_xen_requests_are_those_of_its_two_devices():

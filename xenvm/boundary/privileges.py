@@ -33,6 +33,7 @@ class Role(StrEnum):
     NETWORK = "network"
     IMAGE = "image"
     STORAGE = "storage"
+    SIMULATOR = "simulator"
 
 
 class Landlock(StrEnum):
@@ -57,6 +58,15 @@ XEN_IOCTLS: Final[frozenset[int]] = frozenset(
 # What asks for a device's size and encrypts it: BLKGETSIZE64 of linux/fs.h; DM_DEV_CREATE, DM_DEV_REMOVE,
 # DM_DEV_SUSPEND and DM_TABLE_LOAD of linux/dm-ioctl.h.
 STORAGE_IOCTLS: Final[frozenset[int]] = frozenset({0x80081272, 0xC138FD03, 0xC138FD04, 0xC138FD06, 0xC138FD09})
+
+
+# What makes a pseudo terminal raw and opens both its ends: TCGETS, TCSETS, TCSETSW, TCSETSF, TIOCGWINSZ, TIOCSPTLCK,
+# TIOCGPTN, TIOCGPTPEER of asm-generic/ioctls.h.
+PTY_IOCTLS: Final[frozenset[int]] = frozenset(
+    {0x5401, 0x5402, 0x5403, 0x5404, 0x5413, 0x40045431, 0x80045430, 0x5441},
+)
+
+ANYBODY: Final = "whoever starts it, never root"
 
 
 class Row(Record):
@@ -103,6 +113,7 @@ PRIVCMD: Final = "/dev/xen/privcmd"
 
 MONITOR: Final = "monitor"
 ONE_REQUEST: Final = "one request"
+HOST: Final = "simulated host"
 
 # A process that writes no file but its log. RLIMIT_FSIZE counts the offset in the file, so this bounds the log too:
 # a process gone mad cannot fill the disk with it. In bytes.
@@ -367,6 +378,23 @@ _ROWS: Final = (
         lifetime=ONE_REQUEST,
         requests=("connect", "decrypt", "release"),
         ioctls=DESCRIPTOR_IOCTLS | STORAGE_IOCTLS,
+    ),
+    Row(
+        # No process of a monitor: what plays Xen, xenstored, the kernel and the guests with `xenvm --simulator`.
+        role=Role.SIMULATOR,
+        user=ANYBODY,
+        capabilities=frozenset(),
+        no_new_privs=True,
+        # It accepts connections, and makes and removes what shows in its own directory; it runs no program.
+        syscalls=BASE_SYSCALLS | _names("accept4 openat mkdir rmdir unlink unlinkat getdents64 fchmod"),
+        landlock=Landlock.UNRESTRICTED,
+        descriptors=_frozen({3: SOCKET}),
+        extra_descriptors=frozenset({SOCKET, FILE, PTY, EPOLL, "/dev/ptmx"}),
+        limits=_limits(NPROC=0, NOFILE=65536),
+        lifetime=HOST,
+        requests=(),
+        dies_with_parent=False,
+        ioctls=DESCRIPTOR_IOCTLS | PTY_IOCTLS,
     ),
 )
 

@@ -6,19 +6,24 @@ from __future__ import annotations
 import os
 
 from xenvm.boundary.devices import Vif
+from xenvm.boundary.place import HERE
 from xenvm.errors import XenvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import Final
 
     from xenvm.boundary.devices import NicGrant
 
 
+INTERFACES: Final = f"{HERE.sysfs}/class/net"
+
+
 def bridges() -> list[str]:
     """Return the names of the host's bridges."""
-    names = sorted(os.listdir("/sys/class/net"))  # noqa: PTH208 - pathlib costs 5 ms
-    return [name for name in names if os.path.isdir(f"/sys/class/net/{name}/bridge")]  # noqa: PTH112
+    names = sorted(os.listdir(INTERFACES))  # noqa: PTH208 - pathlib costs 5 ms
+    return [name for name in names if os.path.isdir(f"{INTERFACES}/{name}/bridge")]  # noqa: PTH112
 
 
 def choose(nics: Iterable[NicGrant], default: str) -> tuple[Vif, ...]:

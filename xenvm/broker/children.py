@@ -8,6 +8,7 @@ import select
 import signal
 import socket
 
+from xenvm.boundary.place import HERE
 from xenvm.boundary.spawn import spawn
 
 TYPE_CHECKING = False
@@ -34,7 +35,7 @@ class Child:
         null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         try:
             descriptors = {0: null, 1: log, 2: log, CHANNEL_THERE: theirs.fileno(), **extra}
-            self.pid = spawn(role, descriptors, *arguments)
+            self.pid = spawn(role, descriptors, *arguments, *HERE.words)
         finally:
             theirs.close()
             os.close(null)

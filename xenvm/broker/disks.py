@@ -14,7 +14,11 @@ import stat
 import struct
 import time
 
+from xenvm.boundary.place import HERE
 from xenvm.errors import BusyError, XenvmError
+
+if HERE.simulator:  # no monitor of Xen's loads it
+    from xenvm.broker import simulated
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,6 +44,8 @@ def open_disk(grant: DiskGrant, handed: int = -1) -> int:
 
     `handed` is what a client opened under its own authority; it is taken over. Raise XenvmError naming disk and cause.
     """
+    if HERE.simulator:
+        simulated.refuse(grant)
     label = f"disk {grant.name}: {grant.path}"
     try:
         descriptor = _exclusive(grant, handed if handed >= 0 else _open(grant))
@@ -145,6 +151,8 @@ def _loop_over(status: os.stat_result, *, read_only: bool) -> str:
 
 def loop(grant: DiskGrant, image: int) -> int:
     """Return an open loop device over the image, which is closed here: with direct I/O where the file system has it."""
+    if HERE.simulator:
+        return simulated.loop(image)
     label = f"disk {grant.name}: {grant.path}"
     flags = AUTOCLEAR | DIRECT_IO | (READ_ONLY if grant.read_only else 0)
     name = os.fsencode(grant.path)[-63:]
@@ -166,6 +174,13 @@ def loop(grant: DiskGrant, image: int) -> int:
         os.close(device)
         raise XenvmError(f"{label}: its file system has no direct I/O", hint="use the type file")
     return device
+
+
+def number(device: int) -> int:
+    """Return the device number of an open disk."""
+    if HERE.simulator:
+        return simulated.number(device)
+    return os.fstat(device).st_rdev
 
 
 def _configure(control: int, config: bytearray, *, read_only: bool) -> int:

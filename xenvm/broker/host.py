@@ -10,14 +10,15 @@ import socket
 import stat
 
 from xenvm.boundary.messages import ConfigIssue, FileNeed, Grants, HostPolicy, Init, Parsed, Policy
+from xenvm.boundary.place import HERE, MARK
 from xenvm.errors import BusyError, XenvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
-LOG_DIRECTORY: Final = "/var/log/xenvm"
-CONSOLE_LOG_DIRECTORY: Final = "/var/log/xen/console"
+LOG_DIRECTORY: Final = HERE.logs
+CONSOLE_LOG_DIRECTORY: Final = HERE.console_logs
 ALL_GROUP: Final = "xenvm"
 READ_GROUP: Final = "xenvm-read"
 BACKLOG: Final = 64
@@ -59,13 +60,18 @@ def introduction(
 
 
 def check_directory(path: str) -> None:
-    """Refuse a socket directory that anybody but root could change."""
+    """Refuse a socket directory that others could change (on a real host: anybody but root), or of another host."""
     try:
         status = os.lstat(path)
     except FileNotFoundError:
         raise XenvmError(f"{path} does not exist", hint="run scripts/install-host as root") from None
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0 or status.st_mode & 0o022:
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
         raise XenvmError(f"{path} is not a directory that only root can change", hint="chown root, chmod 0755")
+    simulated = os.path.exists(f"{path}/{MARK}")  # noqa: PTH110
+    if simulated and not HERE.simulator:
+        raise XenvmError(f"{path} belongs to a simulated host", hint="set XENVM_SOCKET_DIR to another directory")
+    if HERE.simulator and not simulated:
+        raise XenvmError(f"no simulated host runs in {path}")
 
 
 def take_lock(directory: str, uuid: str) -> int:

@@ -76,7 +76,7 @@ class Plugging:
         if not self._begun or self._waiting or (self._vifs and not self._bridged):
             return None
         return tuple(
-            _vbd(grant, os.fstat(self._opened[grant.device]).st_rdev, self._servers.get(grant.device, ""))
+            _vbd(grant, disks.number(self._opened[grant.device]), self._servers.get(grant.device, ""))
             for grant in self._grants
         )
 

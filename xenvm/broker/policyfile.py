@@ -6,13 +6,14 @@ from __future__ import annotations
 import os
 import stat
 
+from xenvm.boundary.place import HERE
 from xenvm.errors import XenvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
-HOST_POLICY: Final = "/etc/xenvm/policy.toml"
+HOST_POLICY: Final = HERE.policy
 
 
 def open_host_policy() -> int:
@@ -24,7 +25,7 @@ def open_host_policy() -> int:
     except OSError as error:
         raise XenvmError(f"{HOST_POLICY}: {error.strerror}") from error
     status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_uid != 0 or status.st_mode & 0o022:
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
         os.close(descriptor)
         raise XenvmError(f"{HOST_POLICY} is not a file that only root can change", hint="chown root, chmod 0644")
     return descriptor

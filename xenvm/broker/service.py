@@ -62,7 +62,8 @@ class Launcher:
             return
         with contextlib.suppress(XenvmError):  # nobody may wait any more; the log has it
             self._channel.send(Outcome(code, self.uuid, _cut(text)))
-        self._channel.close()
+        if code == 0:  # else it shows, by closing with this process, when nothing of the monitor is left
+            self._channel.close()
 
 
 def serve(

@@ -10,6 +10,7 @@ import os
 
 from xenvm.boundary.devices import label
 from xenvm.boundary.messages import Failed
+from xenvm.boundary.place import HERE
 from xenvm.boundary.privileges import Role
 from xenvm.boundary.workers import Release
 from xenvm.broker.children import Child
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 RELEASE_WAIT_S: Final = 30.0
 COMMAND_BYTES: Final = 4096
-BLOCK_DEVICES: Final = "/sys/block"
+BLOCK_DEVICES: Final = f"{HERE.sysfs}/block"
 
 
 class Strays(Record):

@@ -7,6 +7,8 @@ import os
 import re
 import socket
 
+from xenvm.boundary.place import HERE
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from xenvm.boundary.devices import Kind
 
 EVENT: Final = re.compile(rb"(online|offline|remove) backend/(?:vbd|vif)/([1-9][0-9]{0,4})/[0-9]{1,9} [0-9]{1,20}")
-DEVICES: Final = "/sys/bus/xen-backend/devices"
+DEVICES: Final = f"{HERE.sysfs}/bus/xen-backend/devices"
 EVENT_LIMIT_BYTES: Final = 128
 EVENTS_AT_ONCE: Final = 64
 

@@ -6,11 +6,13 @@ Run by root it only opens the config file and starts the broker; a process witho
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import sys
 
+from xenvm.boundary.place import OPTION, Place
 from xenvm.boundary.spawn import command, spawn
 from xenvm.errors import ExitCode, ProtocolError, UsageError, XenvmError
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 USAGE: Final = """\
 usage: xenvm [--foreground] FILE       start the monitor of the VM that FILE describes
        xenvm --check FILE              tell whether FILE is fine; start nothing
+       xenvm --simulator [--foreground] FILE   the same on a simulated host, as an ordinary user
        xenvm --help | --version
 
 xenvm goes to the background once the guest has reached its startup state, and prints its uuid. With --foreground it
@@ -30,6 +33,7 @@ stays, for a service manager. Exit status: 0 done, 1 failed, 2 usage, 6 config r
 monitor already. FILE is described in xenvm.cfg(5); xenvm-cmd(1) commands the monitor.
 """
 START_WAIT_S: Final = 1800.0  # every step of a start has a shorter deadline of its own
+END_WAIT_S: Final = 10.0  # for a monitor that could not start
 PARSE_WAIT_S: Final = 30.0
 STATUS, CONFIG, HOST_POLICY = 3, 4, 5
 HOST_POLICY_FILE: Final = "/etc/xenvm/policy.toml"
@@ -56,44 +60,59 @@ def _run(words: list[str]) -> int:
 
         sys.stdout.write(f"xenvm {__version__}\n")
         return 0
-    if len(files) != 1 or options not in ([], ["--check"], ["--foreground"]):
+    simulated = OPTION in options
+    others = [option for option in options if option != OPTION]
+    allowed = ([], ["--foreground"]) if simulated else ([], ["--check"], ["--foreground"])
+    if len(files) != 1 or others not in allowed or len(options) - len(others) > 1:
         raise UsageError("one config file is needed, and at most one option", hint="xenvm --help")
     path = os.path.abspath(files[0])  # noqa: PTH100 - pathlib costs 5 ms
     try:
         config = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError as error:
         raise XenvmError(f"{path}: {error.strerror}", code=ExitCode.CONFIG_REFUSED) from error
-    if options == ["--check"]:
+    if others == ["--check"]:
         return _check(path, config)
+    foreground = others == ["--foreground"]
+    if simulated:
+        from xenvm.cli import simulator  # noqa: PLC0415 - nothing of it is there when Xen's guests start
+
+        return _start(path, config, simulator.prepare(), foreground=foreground)
     if os.geteuid() != 0:
-        raise XenvmError("starting a guest needs root", hint="sudo xenvm FILE", code=ExitCode.PERMISSION_REFUSED)
-    return _start(path, config, foreground=options == ["--foreground"])
+        raise XenvmError(
+            "starting a guest needs root",
+            hint="sudo xenvm FILE; or xenvm --simulator FILE, for a look without Xen",
+            code=ExitCode.PERMISSION_REFUSED,
+        )
+    return _start(path, config, Place(), foreground=foreground)
 
 
-def _start(path: str, config: int, *, foreground: bool) -> int:
-    directory = os.environ.get("XENVM_SOCKET_DIR", DEFAULT_DIRECTORY)
+def _start(path: str, config: int, place: Place, *, foreground: bool) -> int:
+    directory = place.simulator or os.environ.get("XENVM_SOCKET_DIR", DEFAULT_DIRECTORY)
     if foreground:
         os.dup2(config, CONFIG)
         os.set_inheritable(CONFIG, True)  # where it had that number already, dup2 does nothing
         notify = os.environ.get("NOTIFY_SOCKET", "")
-        argv = command("broker", path, directory, "foreground", notify)
+        argv = command("broker", path, directory, "foreground", notify, *place.words)
         os.execve(argv[0], argv, {})  # noqa: S606 - a fixed list, no shell
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         inherited = {0: os.open("/dev/null", os.O_RDWR), 1: 2, 2: 2, STATUS: theirs.fileno(), CONFIG: config}
-        spawn("broker", inherited, path, directory, "background", "", new_session=True)
+        spawn("broker", inherited, path, directory, "background", "", *place.words, new_session=True)
     # Below the spawn, so that the broker starts while this process imports.
     from xenvm.boundary.frames import Channel  # noqa: PLC0415
     from xenvm.boundary.messages import Outcome  # noqa: PLC0415
     from xenvm.cli.render import plain  # noqa: PLC0415
 
-    received = Channel(ours).receive(deadline_s=START_WAIT_S)
+    channel = Channel(ours)
+    received = channel.receive(deadline_s=START_WAIT_S)
     if received is None:
-        raise XenvmError("the monitor ended without a word", hint="its log is in /var/log/xenvm")
+        raise XenvmError("the monitor ended without a word", hint=f"its log is in {place.logs}")
     outcome = received[0]
     if not isinstance(outcome, Outcome):
         raise ProtocolError("the monitor answered with something else")
     if outcome.code:
+        with contextlib.suppress(XenvmError):  # a start that is tried again finds nothing of this one
+            channel.receive(deadline_s=END_WAIT_S)
         sys.stderr.write(plain(outcome.text) + "\n")
     else:
         sys.stdout.write(f"{outcome.uuid}\n" + (f"{plain(outcome.text)}\n" if outcome.text else ""))

@@ -14,6 +14,7 @@ import os
 import time
 
 from xenvm.boundary.devices import PRINTABLE, SERVER, DeviceState, Kind, Vbd, Vif
+from xenvm.boundary.place import HERE
 from xenvm.errors import BusyError, ExitCode, TimeoutExpiredError, XenvmError
 from xenvm.helpers.store import remove_all
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 RECORDS: Final = "/xenvm"
 SCRIPT: Final = "/usr/libexec/xenvm/hotplug"
-SYSFS: Final = "/sys/bus/xen-backend/devices"
+SYSFS: Final = f"{HERE.sysfs}/bus/xen-backend/devices"
+INTERFACES: Final = f"{HERE.sysfs}/class/net"
 INITIALISING, INIT_WAIT, CONNECTED, CLOSING, CLOSED = 1, 2, 4, 5, 6
 BACKEND_WAIT_S: Final = 10.0  # for the kernel's driver to take a new device
 GONE_WAIT_S: Final = 40.0  # for it to let go of one whose nodes are removed: longer than an image server may take
@@ -418,7 +420,7 @@ def _there(path: str) -> Callable[[], bool]:
 
 def _released(kind: Kind, domid: int, device: int) -> Callable[[], bool]:
     """Tell whether a device is released; a card is when its interface is gone too, and with it the name."""
-    interface = f"/sys/class/net/vif{domid}.{device}"
+    interface = f"{INTERFACES}/vif{domid}.{device}"
     return lambda: not present(kind, domid, device) and not (kind is Kind.VIF and _exists(interface))
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import socket
 
+from xenvm.boundary.place import HERE
 from xenvm.errors import XenvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
-SOCKET_PATHS: Final = ("/run/xenstored/socket", "/var/run/xenstored/socket")
+SOCKET_PATHS: Final = HERE.stores
 CONNECT_WAIT_S: Final = 10.0
 
 

@@ -14,8 +14,8 @@ from types import MappingProxyType
 from xenvm.boundary.messages import NO_DOMAIN, Domain, DomainState, Done, Grants, Job, Op, Phase
 from xenvm.errors import BusyError, ExitCode, TimeoutExpiredError, WrongStateError, XenvmError
 from xenvm.helpers import devices
-from xenvm.helpers.builder import pv, tree
-from xenvm.helpers.builder.xen import SHUTDOWN_SUSPEND, Hypervisor
+from xenvm.helpers.builder import tree
+from xenvm.helpers.builder.hypervisor import SHUTDOWN_SUSPEND, Channels
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typing import Final
 
     from xenvm.boundary.devices import DeviceState
+    from xenvm.helpers.builder.hypervisor import Hypervisor
     from xenvm.helpers.exchange import Devices
     from xenvm.helpers.store import Store
 
@@ -135,15 +136,14 @@ class Builder:
         xen.apply_cpuid(domid, grants.cpuid)
         xen.pin(domid, grants.affinity)
         store_domid, console_domid = self._daemon("xenstored"), self._daemon("xenconsoled")
-        channels = pv.Channels(
+        channels = Channels(
             store_port=xen.event_channel(domid, store_domid, "xenstore"),
             store_domid=store_domid,
             console_port=xen.event_channel(domid, console_domid, "console"),
             console_domid=console_domid,
         )
         self._progress("loading the kernel")
-        rings = pv.load(
-            xen,
+        rings = xen.load_pv(
             domid,
             kernel=images[0],
             initrd=images[1] if len(images) > 1 else None,

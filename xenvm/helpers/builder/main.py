@@ -8,6 +8,7 @@
 
 from xenvm.boundary.frames import Channel
 from xenvm.boundary.messages import NO_DOMAIN, Failed, Fault, Job, Progress
+from xenvm.boundary.place import HERE
 from xenvm.boundary.privileges import Role
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 from xenvm.helpers import exchange, serve, store, xenstored
@@ -21,7 +22,11 @@ def main() -> int:
     try:
         # Here and not above: without the libraries of this Xen release the import itself is the error to report.
         from xenvm.helpers.builder.jobs import Builder  # noqa: PLC0415
-        from xenvm.helpers.builder.xen import Hypervisor  # noqa: PLC0415
+
+        if HERE.simulator:
+            from xenvm.helpers.builder.simulated import Hypervisor  # noqa: PLC0415
+        else:
+            from xenvm.helpers.builder.xen import Hypervisor  # type: ignore[assignment] # noqa: PLC0415
 
         xen = Hypervisor()
         connection = xenstored.connect()

@@ -6,30 +6,17 @@ from __future__ import annotations
 import mmap
 import os
 
-from xenvm.helpers.builder.xen import Hypervisor, HypervisorError, ffi, lib
-from xenvm.record import Record
+from xenvm.helpers.builder.hypervisor import HypervisorError, Rings
+from xenvm.helpers.builder.xen import ffi, lib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Final
 
+    from xenvm.helpers.builder.hypervisor import Channels
+    from xenvm.helpers.builder.xen import Hypervisor
+
 IMAGE_LIMIT_BYTES: Final = 1 << 30  # also libxenguest's own default for what a kernel may unpack to
-
-
-class Rings(Record):
-    """Machine frames of the two start-of-day rings."""
-
-    store_frame: int
-    console_frame: int
-
-
-class Channels(Record):
-    """Event channel ports of the guest, and the domains whose daemons they are for."""
-
-    store_port: int
-    store_domid: int
-    console_port: int
-    console_domid: int
 
 
 def load(

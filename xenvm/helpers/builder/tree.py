@@ -14,7 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
-    from xenvm.helpers.builder.pv import Channels, Rings
+    from xenvm.helpers.builder.hypervisor import Channels, Rings
 
 RECORDS: Final = "/xenvm"
 GUEST_OWNED: Final = (  # what a PV guest may write, all below its own directory

@@ -12,7 +12,8 @@ import os
 
 from xenvm.boundary.messages import Affinity, CpuidRule, Domain, DomainState, Phase
 from xenvm.errors import XenvmError
-from xenvm.record import Record
+from xenvm.helpers.builder import hypervisor
+from xenvm.helpers.builder.hypervisor import SHUTDOWN_POWEROFF, Channels, HostMemory, HypervisorError, Rings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ except ImportError as error:  # a machine without Xen, or libraries of another X
         hint="install libxen-dev of the running Xen release, then xenvm again (pip install --no-deps .)",
     ) from error
 
+from xenvm.helpers.builder import pv  # noqa: E402 - it takes ffi and lib from here
+
 __all__ = ["ffi", "lib"]  # for the other modules of the builder: here a failed import is a clear error
 
 PAGE_KIB: Final = 4
@@ -34,22 +37,8 @@ INFO_BATCH: Final = 256
 MAX_EVENT_PORT: Final = 1023  # what xl gives; 0 would not mean "default" (xen/domctl.h)
 HYPERVISOR_DEFAULT: Final = -1  # max_grant_frames, max_maptrack_frames below 0: the hypervisor's own default
 
-SHUTDOWN_POWEROFF: Final = 0  # xen/sched.h
-SHUTDOWN_SUSPEND: Final = 2
 
-
-class HypervisorError(XenvmError):
-    """Xen or one of its libraries refused a call."""
-
-
-class HostMemory(Record):
-    """What the hypervisor could still give out, in KiB."""
-
-    free_kib: int
-    scrubbing_kib: int
-
-
-class Hypervisor:
+class Hypervisor(hypervisor.Hypervisor):
     """An open connection to Xen."""
 
     def __init__(self) -> None:
@@ -68,7 +57,7 @@ class Hypervisor:
                 hint="reboot into the installed Xen release, or install xenvm again beside its libxen-dev",
             )
 
-        self.descriptors: Final = _open_descriptors() - before
+        self.descriptors = _open_descriptors() - before
 
     @property
     def handle(self) -> Any:
@@ -152,6 +141,29 @@ class Hypervisor:
         """Allocate a port of the domain for a daemon in `remote_domid`; return it."""
         return self.check(
             lib.xc_evtchn_alloc_unbound(self._xch, domid, remote_domid), f"allocating the {what} event channel"
+        )
+
+    def load_pv(
+        self,
+        domid: int,
+        *,
+        kernel: int,
+        initrd: int | None,
+        cmdline: str,
+        memory_mib: int,
+        vcpus: int,
+        channels: Channels,
+    ) -> Rings:
+        """Build the guest in `domid` from the descriptors `kernel` and `initrd`."""
+        return pv.load(
+            self,
+            domid,
+            kernel=kernel,
+            initrd=initrd,
+            cmdline=cmdline,
+            memory_mib=memory_mib,
+            vcpus=vcpus,
+            channels=channels,
         )
 
     def pause(self, domid: int) -> None:

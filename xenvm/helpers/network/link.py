@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import struct
 
 from xenvm.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
     from typing import Final
 
 HEADER: Final = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
@@ -29,6 +29,9 @@ IFF_UP: Final = 1
 REPLY_LIMIT_BYTES: Final = 65536
 
 
+Route = socket.socket
+
+
 class Link(Record):
     """One interface: `mtu` in bytes, `kind` the word of `ip -d link` ("bridge", "vif", "" for hardware)."""
 
@@ -38,7 +41,14 @@ class Link(Record):
     kind: str
 
 
-def find(route: socket.socket, name: str) -> Link | None:
+def connect(wait_s: float) -> Route:
+    """Return a socket for requests, each answered within `wait_s` seconds."""
+    route = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    route.settimeout(wait_s)
+    return route
+
+
+def find(route: Route, name: str) -> Link | None:
     """Return the interface of this name, None when there is none; raise OSError for every other refusal."""
     body = INTERFACE.pack(0, 0, 0, 0, 0) + _attribute(IFLA_IFNAME, name.encode() + b"\0")
     try:
@@ -58,7 +68,7 @@ def find(route: socket.socket, name: str) -> Link | None:
     )
 
 
-def join(route: socket.socket, port: Link, bridge: Link, address: bytes) -> None:
+def join(route: Route, port: Link, bridge: Link, address: bytes) -> None:
     """Make `port` a port of `bridge` alone, with its MTU; one that is down gets an address and is switched on.
 
     The kernel refuses an address for an interface that is up.
@@ -89,7 +99,7 @@ def _attribute(kind: int, value: bytes) -> bytes:
     return ATTRIBUTE.pack(length, kind) + value.ljust(len(value) + 3 & ~3, b"\0")
 
 
-def _exchange(route: socket.socket, kind: int, flags: int, body: bytes) -> tuple[int, bytes]:
+def _exchange(route: Route, kind: int, flags: int, body: bytes) -> tuple[int, bytes]:
     """Send one request and return type and body of its answer; a refusal is the OSError that the kernel names."""
     route.send(HEADER.pack(HEADER.size + len(body), kind, flags, 1, 0) + body)
     reply = route.recv(REPLY_LIMIT_BYTES)

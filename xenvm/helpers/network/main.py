@@ -6,16 +6,20 @@
 3. read one Join, wait for the interfaces, join them, answer, exit.
 """
 
-import socket
 import time
 
 from xenvm.boundary.devices import Vif
 from xenvm.boundary.messages import NO_DOMAIN, Done, Failed, Fault
+from xenvm.boundary.place import HERE
 from xenvm.boundary.privileges import Role
 from xenvm.boundary.workers import Join
 from xenvm.errors import ExitCode, ProtocolError, TimeoutExpiredError, XenvmError
 from xenvm.helpers import serve
-from xenvm.helpers.network import link
+
+if HERE.simulator:
+    from xenvm.helpers.network import simulated as link
+else:
+    from xenvm.helpers.network import link  # type: ignore[no-redef]
 
 REQUEST_WAIT_S = 900.0  # it is started with the build of the domain whose interfaces it waits for
 KERNEL_WAIT_S = 5.0
@@ -27,7 +31,7 @@ BACKEND_MAC = bytes.fromhex("feffffffffff")
 def main() -> int:
     """Run one network worker; return its exit status."""
     channel = serve.broker_channel()
-    route = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    route = link.connect(KERNEL_WAIT_S)
     try:
         channel.send(serve.drop(Role.NETWORK, frozenset({route.fileno()})))
         received = channel.receive(deadline_s=REQUEST_WAIT_S)
@@ -36,7 +40,6 @@ def main() -> int:
         message = received[0]
         if not isinstance(message, Join):
             raise ProtocolError("a network worker joins interfaces only")
-        route.settimeout(KERNEL_WAIT_S)
         end = time.monotonic() + message.timeout_s
         for vif in message.vifs:
             _join(route, message.domid, vif, end, message.timeout_s)
@@ -47,7 +50,7 @@ def main() -> int:
     return 0
 
 
-def _join(route: socket.socket, domid: int, vif: Vif, end: float, patience_s: float) -> None:
+def _join(route: link.Route, domid: int, vif: Vif, end: float, patience_s: float) -> None:
     """Put one card's interface into its bridge, out of another one if need be; safe to do again."""
     name = f"vif{domid}.{vif.id}"
     try:

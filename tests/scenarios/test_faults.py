@@ -2,31 +2,30 @@
 """What dies, and what must not die with it."""
 
 import re
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from conftest import domains, kill, processes, run, until
+from conftest import kill, until
 
 
 def steady(guest, seconds=3.0):
     """Assert that the guest ticks on without a gap: no tick missing, and about as many as the time allows."""
     before = len(guest.ticks())
-    time.sleep(seconds)
+    guest.host.rest(seconds)
     ticks = guest.ticks()
     assert ticks == list(range(1, len(ticks) + 1))
     assert len(ticks) > before
 
 
-def test_quit_leaves_the_guest_and_the_next_start_adopts_it(vm):
+def test_quit_leaves_the_guest_and_the_next_start_adopts_it(host, vm):
     guest = vm()
     guest.start()
     guest.up()
     domid = guest.domid
     guest.cmd("quit")
-    until(lambda: not Path(f"/run/xenvm/vm-{guest.uuid}").exists(), "the monitor has ended")
-    assert domains() == {guest.uuid: domid}
+    until(lambda: not guest.socket.exists(), "the monitor has ended")
+    assert host.domains() == {guest.uuid: domid}
     guest.cmd("status", code=4)
     steady(guest)
     guest.start()
@@ -72,20 +71,22 @@ def test_kill_9_of_the_monitor(vm, victims):
 
 
 @pytest.mark.long
-def test_a_guest_that_ended_while_nobody_watched(vm):
+def test_a_guest_that_ended_while_nobody_watched(host, vm):
     guest = vm(mode="poweroff")
     guest.start()
     guest.up()
+    domid = guest.domid
     kill(guest.broker())
-    until(lambda: re.search(r" -*s-* ", run("xl", "list").stdout), "xl shows that the guest has shut down")
+    until(lambda: host.has_shut_down(domid), "the host shows that the guest has shut down")
     guest.start()
     until(lambda: guest.boots() == 2, "the policy was done and the guest started anew")
 
 
 @pytest.mark.long
-def test_destroy_at_any_moment_of_a_start(vm):
+def test_destroy_at_any_moment_of_a_start(host, vm):
     """From the first moment the socket answers to the end of the start, in ten steps."""
     guest = vm()
+    host.slow()
     begin = time.monotonic()
     guest.start()
     whole_s = time.monotonic() - begin
@@ -93,15 +94,15 @@ def test_destroy_at_any_moment_of_a_start(vm):
     hits = 0
     for step in range(10):
         starting = guest.begin()
-        until(lambda one=starting: Path(f"/run/xenvm/vm-{guest.uuid}").exists() or one.poll() is not None, "socket")
+        until(lambda one=starting: guest.socket.exists() or one.poll() is not None, "socket")
         time.sleep(whole_s * step / 12)
-        destroyed = run("xenvm-cmd", guest.uuid, "destroy")
+        destroyed = host.run("xenvm-cmd", guest.uuid, "destroy")
         text = starting.communicate(timeout=120)[0]
         assert destroyed.returncode == 0, f"step {step}: {destroyed.stderr} {text}"
         hits += "destroyed while" in text
         assert guest.state == "shutdown"
-        assert guest.uuid not in domains()
-        assert [path for path in guest.left() if path.startswith("/") and not path.startswith("/run/xenvm")] == []
+        assert guest.uuid not in host.domains()
+        assert [path for path in guest.left() if path.startswith("/") and not path.startswith(str(host.sockets))] == []
         guest.cmd("destroy")  # twice is harmless
         guest.cmd("quit")
         until(lambda: guest.left() == [], f"step {step}: nothing left")
@@ -109,10 +110,11 @@ def test_destroy_at_any_moment_of_a_start(vm):
 
 
 @pytest.mark.long
-def test_kill_9_of_the_builder_during_a_start(vm):
+def test_kill_9_of_the_builder_during_a_start(host, vm):
     guest = vm()
+    host.slow()
     killed = 0
-    acts = Path(f"/var/log/xenvm/{guest.uuid}.acts")
+    acts = guest.acts
     for delay_s in (0.0, 0.2, 0.6, 1.2):
         before = _jobs(acts)
         starting = guest.begin()
@@ -121,7 +123,7 @@ def test_kill_9_of_the_builder_during_a_start(vm):
             "a builder with a job (one killed before it has one is replaced)",
         )
         time.sleep(delay_s)
-        pid = _builder()
+        pid = _builder(host)
         if pid:
             kill(pid)
         text = starting.communicate(timeout=120)[0]
@@ -136,10 +138,11 @@ def test_kill_9_of_the_builder_during_a_start(vm):
 
 
 @pytest.mark.long
-def test_kill_9_of_broker_and_builder_during_a_start(vm):
+def test_kill_9_of_broker_and_builder_during_a_start(host, vm):
     guest = vm()
+    host.slow()
     starting = guest.begin()
-    until(lambda: guest.uuid in domains() or starting.poll() is not None, "half a domain")
+    until(lambda: guest.uuid in host.domains() or starting.poll() is not None, "half a domain")
     kill(guest.broker())
     starting.communicate(timeout=60)
     guest.start()  # removes what was left, and starts
@@ -150,33 +153,33 @@ def _jobs(acts):
     return acts.read_text().count('"job"') if acts.exists() else 0
 
 
-def _builder():
-    return next((pid for pid, words in processes().items() if "builder" in words), 0)
+def _builder(host):
+    return next((pid for pid, words in host.processes().items() if "builder" in words), 0)
 
 
 @pytest.mark.long
-def test_only_one_monitor_for_a_uuid(vm):
+def test_only_one_monitor_for_a_uuid(host, vm):
     guest = vm()
     both = [guest.begin(), guest.begin()]
     texts = [one.communicate(timeout=300)[0] for one in both]
     assert sorted(one.returncode for one in both) == [0, 9], texts
     assert f"serves {guest.uuid}" in "".join(texts)
     assert guest.start(code=9).returncode == 9
-    assert list(domains()) == [guest.uuid]
+    assert list(host.domains()) == [guest.uuid]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("count", [4, 16])
-def test_many_at_once(vm, count):
+def test_many_at_once(host, vm, count):
     guests = [vm(memory=112) for _ in range(count)]
     starting = [guest.begin() for guest in guests]
     for one in starting:
         assert one.wait(timeout=900) == 0, one.communicate()[0]
-    assert set(domains()) == {guest.uuid for guest in guests}
-    assert len(re.findall(r" running ", run("xenvm-cmd", "list").stdout)) == count
+    assert set(host.domains()) == {guest.uuid for guest in guests}
+    assert len(re.findall(r" running ", host.run("xenvm-cmd", "list").stdout)) == count
     for guest in guests:
         until(lambda guest=guest: guest.ticks(), "every guest ticks", 600)
-    stopping = [subprocess.Popen(["xenvm-cmd", guest.uuid, "shutdown", "timeout=300"]) for guest in guests]
+    stopping = [guest.begin_cmd("shutdown", "timeout=300") for guest in guests]
     for one in stopping:
         assert one.wait(timeout=400) == 0
-    assert domains() == {}
+    assert host.domains() == {}

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`xenvm --simulator FILE`: find or start the simulated host that its monitor is to serve, and say what that means."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import socket
+import sys
+
+from xenvm.boundary.place import MARK, OPTION, Place
+from xenvm.boundary.spawn import spawn
+from xenvm.errors import ExitCode, TimeoutExpiredError, XenvmError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
+START_WAIT_S: Final = 30.0
+PATH_LIMIT_BYTES: Final = 60  # the name of a command socket is added, and a socket's path ends at 107, unix(7)
+XENS_DIRECTORY: Final = "/run/xenvm"
+
+
+def prepare() -> Place:
+    """Return the simulated host of whoever runs this, started if need be; raise XenvmError when there can be none."""
+    if os.geteuid() == 0:
+        raise XenvmError(
+            f"{OPTION} is not for root: a simulated host needs no privilege, and takes none",
+            hint="run it as an ordinary user; setpriv --reuid=65534 --regid=65534 --clear-groups makes one of root",
+            code=ExitCode.PERMISSION_REFUSED,
+        )
+    directory = _directory()
+    running = _start(directory)
+    sys.stderr.write(
+        f"{'using' if running else 'started'} the simulated host in {directory}: no Xen, no guest code is run\n"
+        "not in force: users of their own and capabilities (all processes run as you)\n"
+    )
+    if os.environ.get("XENVM_SOCKET_DIR") != directory:
+        sys.stderr.write(f"for xenvm-cmd: export XENVM_SOCKET_DIR={directory}\n")
+    sys.stderr.flush()
+    return Place(directory)
+
+
+def _directory() -> str:
+    """Return the directory of the simulated host: $XENVM_SOCKET_DIR, else one below $XDG_RUNTIME_DIR."""
+    given = os.environ.get("XENVM_SOCKET_DIR", "")
+    above = os.environ.get("XDG_RUNTIME_DIR", "")
+    if not given and not above:
+        raise XenvmError(
+            "where is the simulated host to be? Neither XENVM_SOCKET_DIR nor XDG_RUNTIME_DIR is set",
+            hint="export XENVM_SOCKET_DIR=$(mktemp -d)",
+        )
+    directory = os.path.abspath(given or f"{above}/xenvm")  # noqa: PTH100 - pathlib costs 5 ms
+    if os.path.realpath(directory) == XENS_DIRECTORY:
+        raise XenvmError(f"{directory} is for the monitors of Xen's guests", hint="choose another XENVM_SOCKET_DIR")
+    if len(os.fsencode(directory)) > PATH_LIMIT_BYTES:
+        raise XenvmError(f"{directory} is too long for the names of sockets", hint="choose a shorter XENVM_SOCKET_DIR")
+    try:
+        os.mkdir(directory, 0o700)  # noqa: PTH102
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise XenvmError(f"cannot make {directory}: {error.strerror}") from error
+    return directory
+
+
+def _start(directory: str) -> bool:
+    """Start the host's process unless it runs; tell whether it did."""
+    if _runs(directory):
+        return True
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+            log = os.open(f"{directory}/simulator.log", flags, 0o600)
+            spawn("simulator", {0: null, 1: log, 2: log, 3: theirs.fileno()}, directory, new_session=True)
+            os.close(null)
+            os.close(log)
+        poll = select.poll()
+        poll.register(ours, select.POLLIN)
+        if not poll.poll(START_WAIT_S * 1000):  # it closes its end when it serves
+            raise TimeoutExpiredError(f"the simulated host in {directory} did not start within {START_WAIT_S:g} s")
+    if not _runs(directory):
+        raise XenvmError(f"the simulated host in {directory} did not start", hint=f"see {directory}/simulator.log")
+    return False
+
+
+def _runs(directory: str) -> bool:
+    """Tell whether somebody holds the host's lock."""
+    try:
+        lock = os.open(f"{directory}/{MARK}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The hypervisor as a builder sees it: the one seam between its jobs and what runs domains.
+
+Two things are behind it: Xen (xen.py), and the machine of a simulated host (simulated.py). Which one it is says the
+command line of the process, see boundary/place.py; neither stands in for the other.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from xenvm.errors import XenvmError
+from xenvm.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
+    from xenvm.boundary.messages import Affinity, CpuidRule, Domain
+
+SHUTDOWN_POWEROFF: Final = 0  # xen/sched.h
+SHUTDOWN_SUSPEND: Final = 2
+
+
+class HypervisorError(XenvmError):
+    """The hypervisor or one of its libraries refused a call."""
+
+
+class HostMemory(Record):
+    """What the hypervisor could still give out, in KiB."""
+
+    free_kib: int
+    scrubbing_kib: int
+
+
+class Rings(Record):
+    """Machine frames of the two start-of-day rings."""
+
+    store_frame: int
+    console_frame: int
+
+
+class Channels(Record):
+    """Event channel ports of the guest, and the domains whose daemons they are for."""
+
+    store_port: int
+    store_domid: int
+    console_port: int
+    console_domid: int
+
+
+class Hypervisor(ABC):
+    """An open connection. Every method raises HypervisorError with the reason when it is refused."""
+
+    descriptors: frozenset[int]
+    """What must stay open for it."""
+
+    @abstractmethod
+    def memory(self) -> HostMemory:
+        """Return what is free on the host."""
+
+    @abstractmethod
+    def create_pv(self, uuid: str, vcpus: int) -> int:
+        """Create an empty, paused PV domain whose handle is `uuid`; return its domid."""
+
+    @abstractmethod
+    def prepare_pv(self, domid: int, vcpus: int, *, memory_kib: int, map_kib: int) -> None:
+        """Give a fresh domain its vcpus, memory limit and the size of its pseudo-physical memory map."""
+
+    @abstractmethod
+    def apply_cpuid(self, domid: int, rules: tuple[CpuidRule, ...]) -> None:
+        """Give the domain the host's default CPU policy changed by `rules`; all rules count."""
+
+    @abstractmethod
+    def pin(self, domid: int, rules: tuple[Affinity, ...]) -> None:
+        """Set hard affinities."""
+
+    @abstractmethod
+    def event_channel(self, domid: int, remote_domid: int, what: str) -> int:
+        """Allocate a port of the domain for a daemon in `remote_domid`; return it."""
+
+    @abstractmethod
+    def load_pv(
+        self,
+        domid: int,
+        *,
+        kernel: int,
+        initrd: int | None,
+        cmdline: str,
+        memory_mib: int,
+        vcpus: int,
+        channels: Channels,
+    ) -> Rings:
+        """Build the guest in `domid` from the descriptors `kernel` and `initrd`."""
+
+    @abstractmethod
+    def pause(self, domid: int) -> None:
+        """Stop the vcpus; it is counted, so never twice without two unpauses."""
+
+    @abstractmethod
+    def unpause(self, domid: int) -> None:
+        """Let the vcpus run."""
+
+    @abstractmethod
+    def resume(self, domid: int) -> None:
+        """Wake a suspended domain in place."""
+
+    @abstractmethod
+    def power_off(self, domid: int) -> None:
+        """Cut the power as the guest sees it; the domain object stays, with reason poweroff."""
+
+    @abstractmethod
+    def destroy(self, domid: int) -> None:
+        """Remove the domain; may take seconds for a large guest."""
+
+    @abstractmethod
+    def look(self, domid: int, uuid: str) -> Domain | None:
+        """Return what is to be said of `domid`, or None when there is none or when it now belongs to another uuid."""
+
+    @abstractmethod
+    def exists(self, domid: int) -> bool:
+        """Tell whether any domain has this id now."""
+
+    @abstractmethod
+    def find(self, uuid: str) -> list[Domain]:
+        """Return the domains whose handle is `uuid`; more than one only after a foreign tool made a double."""
