@@ -24,7 +24,7 @@ def _package_directories() -> list[str]:
 
 
 def _main() -> int:
-    sys.path[1:1] = _package_directories()
+    sys.path += _package_directories()  # behind the standard library, which is asked first then
     role = sys.argv[1] if len(sys.argv) > 1 else ""
     if role == "broker":
         from xenvm.broker.main import main  # noqa: PLC0415

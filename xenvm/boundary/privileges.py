@@ -10,10 +10,8 @@ The kinds of descriptors: "/dev/null" and other device paths stand for themselve
 
 from __future__ import annotations
 
-from enum import StrEnum
-from types import MappingProxyType
-
-from xenvm.record import Record
+from xenvm.choice import StrChoice
+from xenvm.record import MappingProxyType, Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
     from typing import Final
 
 
-class Role(StrEnum):
+class Role(StrChoice):
     """One kind of process."""
 
     BROKER = "broker"
@@ -35,7 +33,7 @@ class Role(StrEnum):
     STORAGE = "storage"
 
 
-class Landlock(StrEnum):
+class Landlock(StrChoice):
     """What the Landlock ruleset of a process leaves it."""
 
     NOTHING = "nothing accessible"

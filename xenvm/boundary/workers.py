@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import re
-
+from xenvm import forms
 from xenvm.boundary.checks import INT32_MAX, NAME, Message, array, flag, number, string
-from xenvm.boundary.devices import CIPHER, VIFS, Vif
+from xenvm.boundary.devices import VIFS, Vif, is_cipher
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ class Serve(Message):
     label: str
     KIND: ClassVar = 17
     DESCRIPTORS: ClassVar = 3
-    CHECKS: ClassVar = {"format": string(8, re.compile("qcow|vhd")), "read_only": flag, "label": _NAME_TEXT}
+    CHECKS: ClassVar = {"format": string(8, forms.one_of("qcow", "vhd")), "read_only": flag, "label": _NAME_TEXT}
 
 
 class Served(Message):
@@ -78,7 +77,7 @@ class Decrypt(Message):
     DESCRIPTORS: ClassVar = 2
     CHECKS: ClassVar = {
         "name": _NAME_TEXT,
-        "cipher": string(64, CIPHER),
+        "cipher": string(64, is_cipher),
         "key_size_bits": number(64, 4096),
         "read_only": flag,
     }

@@ -7,13 +7,11 @@ that is not legal in the present phase is refused, and nothing a supervisor send
 
 from __future__ import annotations
 
-import contextlib
+import _signal as signal  # `signal` itself builds enumerations at each start
+import _socket as socket  # `socket` itself builds enumerations at each start
 import os
 import select
-import signal
-import socket
 import time
-from collections import deque
 
 from xenvm.boundary.devices import Kind, NicGrant
 from xenvm.boundary.messages import (
@@ -44,6 +42,7 @@ from xenvm.broker.phases import ON_DEVICES, PERMITS, REBUILDING, START_DEADLINE_
 from xenvm.broker.plugging import Plugging, Wanted
 from xenvm.broker.uevents import Uevents
 from xenvm.broker.work import POSTPONED_LIMIT, Change, Work, allow, ask_once, failed, forget
+from xenvm.context import suppress
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 
 TYPE_CHECKING = False
@@ -94,12 +93,12 @@ class Broker:
         self._spare_until = 0.0  # when unused ones end; 0: not by time
         self._book = Book(host_policy)
         self._uevents = Uevents(directory)
-        self._postponed: deque[tuple[Message, list[int]]] = deque()
+        self._postponed: list[tuple[Message, list[int]]] = []
         self._recheck = False  # udev has told of a removed device; looked at when no job runs, which may have done it
         self._phase, self._domid = VmPhase.UNKNOWN, -1
         self._work: Work | None = None
-        self._asked: dict[Op, deque[float]] = {op: deque() for op in PERMITS}
-        self._restarts: dict[Role, deque[float]] = {Role.SUPERVISOR: deque(), Role.WATCHER: deque()}
+        self._asked: dict[Op, list[float]] = {op: [] for op in PERMITS}
+        self._restarts: dict[Role, list[float]] = {Role.SUPERVISOR: [], Role.WATCHER: []}
         self._events_in, self._events_out = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self._events_in, self._events_out):
             end.setblocking(False)
@@ -125,7 +124,7 @@ class Broker:
             why, code = "asked to", self._code
         finally:
             self._end_children()
-        with contextlib.suppress(XenvmError):  # without space for the log the guest still runs on
+        with suppress(XenvmError):  # without space for the log the guest still runs on
             self._acts.append("closed", why=why)
         return code
 
@@ -155,7 +154,7 @@ class Broker:
         if self._uevents.fileno() in ready:
             self._recheck |= self._uevents.removed()
         while self._postponed and not self._work and self._supervisor:
-            message, descriptors = self._postponed.popleft()
+            message, descriptors = self._postponed.pop(0)
             self._take_all(self._supervisor, message, descriptors)
         if self._recheck and not self._work:
             self._settle()
@@ -434,7 +433,7 @@ class Broker:
                 change.force,
                 change.timeout_s,
             )
-            with contextlib.suppress(ProtocolError):  # it has ended already: what it said of that comes next
+            with suppress(ProtocolError):  # it has ended already: what it said of that comes next
                 work.builder.channel.send(job, images)
         finally:
             for descriptor in images:
@@ -473,7 +472,7 @@ class Broker:
             work.plugging = None
             answer = failed(0, error, NO_DOMAIN)
         if answer:
-            with contextlib.suppress(ProtocolError):  # it has ended: its end is dealt with as such
+            with suppress(ProtocolError):  # it has ended: its end is dealt with as such
                 work.builder.channel.send(answer)
 
     def _finish(self) -> None:

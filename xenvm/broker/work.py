@@ -13,7 +13,6 @@ from xenvm.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections import deque
     from typing import Final
 
     from xenvm.boundary.checks import Message
@@ -92,18 +91,18 @@ def failed(sequence: int, error: XenvmError, domain: Domain) -> Failed:
     return Failed(sequence, Fault(int(error.code) or 1, error.message[:4000], error.hint[:1000]), domain)
 
 
-def forget(postponed: deque[tuple[Message, list[int]]]) -> None:
+def forget(postponed: list[tuple[Message, list[int]]]) -> None:
     """Drop requests whose supervisor is gone: to the next one their numbers mean something else."""
     while postponed:
-        for descriptor in postponed.popleft()[1]:
+        for descriptor in postponed.pop(0)[1]:
             os.close(descriptor)
 
 
-def allow(times: deque[float], per_minute: int) -> bool:
+def allow(times: list[float], per_minute: int) -> bool:
     """Tell whether the last minute had fewer than `per_minute` events, and count one more then."""
     now = time.monotonic()
     while times and times[0] < now - 60:
-        times.popleft()
+        times.pop(0)
     if len(times) >= per_minute:
         return False
     times.append(now)

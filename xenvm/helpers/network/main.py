@@ -6,7 +6,7 @@
 3. read one Join, wait for the interfaces, join them, answer, exit.
 """
 
-import socket
+import _socket as socket  # `socket` itself builds enumerations at each start
 import time
 
 from xenvm.boundary.devices import Vif
