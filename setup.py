@@ -5,7 +5,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-modules = ["native/confine.py:ffibuilder"]
+modules = ["native/confine.py:ffibuilder", "native/unpack.py:ffibuilder"]
 # Bound to the installed headers of one Xen release; without them xenvm installs, and says so when a guest is to start.
 if Path("/usr/include/xenctrl.h").exists() and Path("native/xen.py").exists():
     modules.append("native/xen.py:ffibuilder")

@@ -42,6 +42,8 @@ def _main() -> int:
         from xenvm.helpers.image.main import main  # noqa: PLC0415
     elif role == "storage":
         from xenvm.helpers.storage.main import main  # noqa: PLC0415
+    elif role == "unpacker":
+        from xenvm.helpers.unpacker.main import main  # noqa: PLC0415
     elif role == "parser":
         from xenvm.parser.main import main  # noqa: PLC0415
     else:

@@ -38,6 +38,7 @@ MODULES = {
     Role.NETWORK: ["xenvm.helpers.network.main"],
     Role.IMAGE: ["xenvm.helpers.image.main"],
     Role.STORAGE: ["xenvm.helpers.storage.main"],
+    Role.UNPACKER: ["xenvm.helpers.unpacker.main", "xenvm.helpers.unpacker.formats"],
 }
 HEAVY = {
     "argparse",
@@ -66,7 +67,7 @@ FORBIDDEN = {
     Role.BUILDER: HEAVY | {"logging", "xenvm.config", "xenvm.broker", "xenvm.supervisor"},
     Role.HOTPLUG: HEAVY | {"logging", "xenvm.config", "xenvm.broker", "xenvm.supervisor", "xenvm._xen"},
     **dict.fromkeys(
-        (Role.NETWORK, Role.IMAGE, Role.STORAGE),
+        (Role.NETWORK, Role.IMAGE, Role.STORAGE, Role.UNPACKER),
         HEAVY | {"pyxs", "threading", "logging", "xenvm.config", "xenvm.broker", "xenvm.supervisor", "xenvm._xen"},
     ),
 }
@@ -78,6 +79,10 @@ OWN = {
     "xenvm.helpers.network": {Role.NETWORK},
     "xenvm.helpers.image": {Role.IMAGE},
     "xenvm.helpers.storage": {Role.STORAGE},
+    "xenvm.helpers.unpacker": {Role.UNPACKER},
+    "xenvm._unpack": {Role.UNPACKER},
+    "lzma": {Role.UNPACKER},
+    "zlib": {Role.UNPACKER},
     "xenvm.helpers.devices": {Role.BUILDER, Role.HOTPLUG},
     "xenvm.helpers.exchange": {Role.BUILDER, Role.HOTPLUG},
     "xenvm.helpers.store": {Role.BUILDER, Role.HOTPLUG},
@@ -95,7 +100,7 @@ def loaded(role):
 
 
 # The parser has its patterns (re) and suggestions (difflib), pyxs imports what it likes: these two helpers speak through it.
-@pytest.mark.parametrize("role", sorted(set(Role) - {Role.PARSER, Role.BUILDER, Role.HOTPLUG}))
+@pytest.mark.parametrize("role", sorted(set(Role) - {Role.PARSER, Role.BUILDER, Role.HOTPLUG, Role.UNPACKER}))
 def test_what_would_only_cost_start_time(role):
     assert loaded(role) & SLOW == set()
 

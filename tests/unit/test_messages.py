@@ -84,6 +84,8 @@ def test_which_messages_pass_descriptors():
         "Serve": 3,
         "Connect": 1,
         "Decrypt": 2,
+        "Unpack": 2,
+        "Sum": 1,
     }
 
 

@@ -36,7 +36,18 @@ from xenvm.boundary.devices import (
     Vif,
     is_bridge,
 )
-from xenvm.boundary.workers import Connect, Decrypt, Join, Release, Serve, Served
+from xenvm.boundary.workers import (
+    Connect,
+    Decrypt,
+    Join,
+    Release,
+    Serve,
+    Served,
+    Sum,
+    Summed,
+    Unpack,
+    Unpacked,
+)
 from xenvm.choice import StrChoice
 from xenvm.errors import ExitCode
 
@@ -550,6 +561,7 @@ KINDS: Final[Mapping[int, type[Message]]] = {
     for message in (
         *(Hello, Init, Ask, Done, Failed, Progress, Job, Watch, Parsed, Outcome),
         *(Plug, Unplug, Rebridge, Created, Ready, Join, Serve, Served, Connect, Decrypt, Release),
+        *(Unpack, Unpacked, Sum, Summed),
     )
 }
 

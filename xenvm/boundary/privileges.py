@@ -31,6 +31,7 @@ class Role(StrChoice):
     NETWORK = "network"
     IMAGE = "image"
     STORAGE = "storage"
+    UNPACKER = "unpacker"
 
 
 class Landlock(StrChoice):
@@ -365,6 +366,22 @@ _ROWS: Final = (
         lifetime=ONE_REQUEST,
         requests=("connect", "decrypt", "release"),
         ioctls=DESCRIPTOR_IOCTLS | STORAGE_IOCTLS,
+    ),
+    Row(
+        role=Role.UNPACKER,
+        user="xenvm-unpack",
+        capabilities=frozenset(),
+        no_new_privs=True,
+        # ftruncate to make the room for what is unpacked, fsync to have it on the disk.
+        syscalls=BASE_SYSCALLS | {"ftruncate", "fsync"},
+        landlock=Landlock.NOTHING,
+        # 3 the broker; the image and the file for what is in it come with the request
+        descriptors=_frozen({3: SOCKET}),
+        extra_descriptors=frozenset({SOCKET, FILE}),
+        # FSIZE is the largest kernel, compressed or not; the addresses are for both at once and a dictionary.
+        limits=_limits(NPROC=0, FSIZE=1 << 30, NOFILE=32, AS=3 << 30, CPU=300),
+        lifetime=ONE_REQUEST,
+        requests=("unpack", "sum"),
     ),
 )
 

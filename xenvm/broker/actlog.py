@@ -40,7 +40,8 @@ def _bytes(record: dict[str, object]) -> bytes:
     return jsontext.dumps(record).encode("ascii")
 
 
-def _digest(data: bytes) -> str:
+def hexdigest(data: bytes) -> str:
+    """Return the SHA-256."""
     digest: str = sha256(data).hexdigest()
     return digest
 
@@ -52,7 +53,9 @@ def _record(line: bytes) -> dict[str, object] | None:
         if _bytes(record) != line:
             return None
         claimed = record.pop("hash")
-        sound = type(record["n"]) is int and isinstance(record["previous"], str) and _digest(_bytes(record)) == claimed
+        sound = (
+            type(record["n"]) is int and isinstance(record["previous"], str) and hexdigest(_bytes(record)) == claimed
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return record | {"hash": claimed} if sound else None
@@ -63,7 +66,7 @@ def _torn(remains: bytes) -> dict[str, object]:
     if not remains:
         return {"torn": 0}
     remains = remains.removesuffix(b"\n")
-    return {"torn": len(remains), "torn_hash": _digest(remains)}
+    return {"torn": len(remains), "torn_hash": hexdigest(remains)}
 
 
 class ActLog:
@@ -123,7 +126,7 @@ class ActLog:
             **details,
             "previous": self._previous,
         }
-        record["hash"] = _digest(_bytes(record))
+        record["hash"] = hexdigest(_bytes(record))
         self._write(_bytes(record) + b"\n")
         self._number, self._previous = self._number + 1, str(record["hash"])
 
