@@ -28,7 +28,8 @@ def test_start_loads_little():
         [sys.executable, "-I", "-c", script, str(ROOT)], capture_output=True, text=True, check=True, timeout=60
     ).stdout.split()
     assert "xenvm.cli.cmd" in loaded
-    unwanted = "argparse asyncio subprocess dataclasses selectors logging psutil cffi difflib socket typing"
+    unwanted = "argparse asyncio subprocess dataclasses selectors logging psutil cffi difflib socket typing "
+    unwanted += "re json enum collections functools contextlib types signal"
     assert {name.partition(".")[0] for name in loaded} & set(unwanted.split()) == set()
 
 
