@@ -10,4 +10,5 @@ modules = ["native/confine.py:ffibuilder", "native/unpack.py:ffibuilder"]
 if Path("/usr/include/xenctrl.h").exists() and Path("native/xen.py").exists():
     modules.append("native/xen.py:ffibuilder")
 
-setup(cffi_modules=modules)
+# As it is: of a console script, pip would write a wrapper that takes longer to start than all that xenvm-cmd does.
+setup(cffi_modules=modules, data_files=[("bin", ["scripts/bin/xenvm-cmd"])])
