@@ -24,7 +24,7 @@ def _package_directories() -> list[str]:
 
 
 def _main() -> int:
-    sys.path[1:1] = _package_directories()
+    sys.path += _package_directories()  # behind the standard library, which is asked first then
     role = sys.argv[1] if len(sys.argv) > 1 else ""
     if role == "broker":
         from xenvm.broker.main import main  # noqa: PLC0415
@@ -44,6 +44,8 @@ def _main() -> int:
         from xenvm.helpers.storage.main import main  # noqa: PLC0415
     elif role == "simulator":
         from xenvm.simulator.main import main  # noqa: PLC0415
+    elif role == "unpacker":
+        from xenvm.helpers.unpacker.main import main  # noqa: PLC0415
     elif role == "parser":
         from xenvm.parser.main import main  # noqa: PLC0415
     else:

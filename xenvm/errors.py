@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The errors a user can meet, each with its exit code. Imports nothing of xenvm."""
+"""The errors a user can meet, each with its exit code. Imports next to nothing."""
 
-from enum import IntEnum
+from xenvm.choice import IntChoice
 
 
-class ExitCode(IntEnum):
+class ExitCode(IntChoice):
     """Exit status of every xenvm program; the names are the stable error names on the socket."""
 
     DONE = 0

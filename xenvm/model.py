@@ -5,10 +5,10 @@ Text is turned into these values by the config package; numbers are derived from
 by the pure functions at the end.
 """
 
-import re
-from enum import StrEnum
-from typing import Final, NewType
+from __future__ import annotations
 
+from xenvm import forms
+from xenvm.choice import StrChoice
 from xenvm.record import Record
 
 # Loaded early, since the parser can open no file later; and this module of CPython without the 5 ms of OpenSSL.
@@ -17,16 +17,20 @@ try:
 except ImportError:
     from hashlib import md5
 
-Uuid = NewType("Uuid", str)
-"""A VM's identity, canonical and lower-cased; it stays the same over reboot, suspend and restore."""
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final, NewType
 
-Domid = NewType("Domid", int)
-"""Xen's number of a domain; it changes with every incarnation of the VM."""
+    Uuid = NewType("Uuid", str)
+    """A VM's identity, canonical and lower-cased; it stays the same over reboot, suspend and restore."""
 
-_UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+    Domid = NewType("Domid", int)
+    """Xen's number of a domain; it changes with every incarnation of the VM."""
+else:  # `typing` costs as much as the start of the interpreter
+    Uuid, Domid = str, int
 
 
-class Action(StrEnum):
+class Action(StrChoice):
     """What to do with the domain after the guest ended by itself."""
 
     DESTROY = "destroy"
@@ -34,7 +38,7 @@ class Action(StrEnum):
     REBOOT = "reboot"
 
 
-class StartupKind(StrEnum):
+class StartupKind(StrChoice):
     """What the monitor does with the VM when it starts; the restore kinds need a file."""
 
     STARTED = "started"
@@ -44,7 +48,7 @@ class StartupKind(StrEnum):
     RESTORE_DELETE = "restore-del"
 
 
-class DiskType(StrEnum):
+class DiskType(StrChoice):
     """How the bytes of a virtual disk are stored."""
 
     PHY = "phy"
@@ -54,7 +58,7 @@ class DiskType(StrEnum):
     VHD = "vhd"
 
 
-class SerialKind(StrEnum):
+class SerialKind(StrChoice):
     """Where the first serial port leads."""
 
     PTY = "pty"
@@ -63,7 +67,7 @@ class SerialKind(StrEnum):
     TCP = "tcp"
 
 
-class DisplayKind(StrEnum):
+class DisplayKind(StrChoice):
     """How the guest's screen is shown."""
 
     NONE = "none"
@@ -194,7 +198,7 @@ def parse_uuid(text: str) -> Uuid:
     """Return the uuid that `text` spells as 8-4-4-4-12 hexadecimal digits, lower-cased; raise ValueError otherwise."""
     lowered = text.lower()
     # isascii first: lower() maps the Kelvin sign and others to ASCII letters
-    if not text.isascii() or not _UUID.fullmatch(lowered):
+    if not text.isascii() or not forms.uuid(lowered):
         raise ValueError("a uuid has the form xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx (hexadecimal digits)")
     return Uuid(lowered)
 
@@ -210,9 +214,13 @@ _EXTENDED: Final = 1 << 28
 _EXTENDED_DISKS: Final = 1 << 20
 _EXTENDED_PARTITIONS: Final = 256
 
-_LETTERED: Final = re.compile(r"(hd|sd|xvd)([a-z]{1,5})([1-9][0-9]{0,3})?")
-_NUMBERED: Final = re.compile(r"d(0|[1-9][0-9]{0,6})p(0|[1-9][0-9]{0,3})")
-_PLAIN: Final = re.compile(r"0x[0-9a-f]{1,8}|[1-9][0-9]{0,9}")
+_FAMILIES: Final = ("hd", "sd", "xvd")
+_letters: Final = forms.of(forms.LOWER, 1, 5)
+_partition: Final = forms.number(4, zero=False)
+_disk_index: Final = forms.number(7)
+_partition_index: Final = forms.number(4)
+_decimal: Final = forms.number(10, zero=False)
+_hexadecimal: Final = forms.of(forms.HEX_DIGITS, 1, 8)
 
 
 def virtual_device_number(name: str) -> int:
@@ -220,15 +228,19 @@ def virtual_device_number(name: str) -> int:
 
     Raises ValueError for a name of another form, or a disk or partition out of the range of its kind.
     """
-    if match := _LETTERED.fullmatch(name):
-        kind, letters, digits = match.groups()
-        disk = 0
-        for letter in letters:
-            disk = disk * 26 + ord(letter) - ord("a") + 1
-        return _device_number(name, kind, disk - 1, int(digits or 0))
-    if match := _NUMBERED.fullmatch(name):
-        return _device_number(name, "xvd", int(match[1]), int(match[2]))
-    if _PLAIN.fullmatch(name):
+    for family in _FAMILIES:  # hda, sdb1, xvdc
+        rest = name.removeprefix(family)
+        letters = rest.rstrip("0123456789")
+        digits = rest[len(letters) :]
+        if rest != name and _letters(letters) and (not digits or _partition(digits)):
+            disk = 0
+            for letter in letters:
+                disk = disk * 26 + ord(letter) - ord("a") + 1
+            return _device_number(name, family, disk - 1, int(digits or 0))
+    index, p, partition = name.removeprefix("d").partition("p")
+    if name.startswith("d") and p and _disk_index(index) and _partition_index(partition):  # d3p0
+        return _device_number(name, "xvd", int(index), int(partition))
+    if _decimal(name) or (name.startswith("0x") and _hexadecimal(name[2:])):
         number = int(name, 0)
         if not 0 < number < 2 * _EXTENDED:
             raise ValueError(f"device number {name} is out of range (1..{2 * _EXTENDED - 1})")

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from types import MappingProxyType as MappingProxyType  # noqa: PLC0414 - for those who import it from here
     from typing import ClassVar, Self, dataclass_transform
 else:
+    MappingProxyType = type(type.__dict__)  # as `types` has it, without that module
 
     def dataclass_transform(**_options):  # noqa: ANN003, ANN201 - a type checker never sees it
         """Stand in for typing.dataclass_transform, which only a type checker reads."""

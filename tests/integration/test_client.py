@@ -3,6 +3,7 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pty
@@ -843,3 +844,71 @@ def test_a_disk_that_nobody_takes_is_closed(directory, tmp_path):
         theirs.close()
         assert monitor.handed is None
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# Batches
+
+
+def batch(monkeypatch, text, *options):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text if isinstance(text, bytes) else text.encode())))
+    return cmd.main([*options, A, "-"])
+
+
+def test_a_batch_is_one_connection(serve, monkeypatch, capsys):
+    monitor = serve(lambda _c, request: ok(request, f"did {request['method']}", {"running": True}))
+    assert batch(monkeypatch, "status\n\n# not this\n  get field=name  \nget 'na me'\nwait running timeout=5") == 0
+    assert [(request["method"], request["params"]) for request in monitor.requests] == [
+        ("status", {}),
+        ("get", {"field": "name"}),
+        ("get", {"field": "na me"}),
+        ("wait", {"state": "running", "timeout": "5"}),
+    ]
+    assert len(monitor.connections) == 1
+    assert capsys.readouterr().out == "did status\ndid get\ndid get\ndid wait\n"
+
+
+def test_an_error_ends_a_batch(serve, monkeypatch, capsys):
+    monitor = serve(lambda _c, request: failure(request, exit=5) if request["method"] == "pause" else ok(request))
+    assert batch(monkeypatch, "unpause\npause\ndestroy\n") == ExitCode.WRONG_STATE
+    assert [request["method"] for request in monitor.requests] == ["unpause", "pause"]
+    assert capsys.readouterr().err.startswith("error: line 2: ")
+
+
+def test_a_status_that_is_not_0_does_not_end_a_batch_and_is_kept(serve, monkeypatch, capsys):
+    monitor = serve(lambda _c, request: ok(request, "", {"running": request["method"] != "status", "x": 1}))
+    assert batch(monkeypatch, "status\nget name\ndoctor\n", "--json") == ExitCode.NOT_RUNNING
+    assert len(monitor.requests) == 3
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("events\n", "line 1: events: not in a batch"),
+        ("\nconsole\n", "line 2: console: not in a batch"),
+        ("list\n", "list: not in a batch"),
+        ("-\n", "-: not in a batch"),
+        ("--json status\n", "--json: not in a batch"),
+        ("get 'name\n", "cannot be parted into words"),
+        ("pause now\n", "not of the form key=value"),
+        ("x" * 70000, "longer than 65536 bytes"),
+    ],
+)
+def test_what_is_no_command_of_a_batch(serve, monkeypatch, capsys, text, words):
+    monitor = serve(lambda _c, request: ok(request))
+    assert batch(monkeypatch, text) == ExitCode.USAGE
+    assert words in capsys.readouterr().err
+    assert monitor.requests == []
+
+
+def test_a_batch_whose_monitor_goes(serve, monkeypatch, capsys):
+    serve(raw(b""))
+    assert batch(monkeypatch, "pause\nunpause\n") == ExitCode.FAILED
+    assert "line 1: pause: monitor" in capsys.readouterr().err
+
+
+def test_a_batch_of_nothing(serve, monkeypatch):
+    serve(lambda _c, request: ok(request))
+    assert batch(monkeypatch, "") == 0
+    monkeypatch.setattr(sys, "stdin", None)
+    assert cmd.main([A, "-"]) == 0

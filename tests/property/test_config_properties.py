@@ -60,7 +60,7 @@ crypt = st.none() | st.builds(
 
 @st.composite
 def disk(draw):
-    kind, cdrom = draw(st.sampled_from(DiskType)), draw(st.booleans())
+    kind, cdrom = draw(st.sampled_from(list(DiskType))), draw(st.booleans())
     return DiskSpec(
         path="" if cdrom and draw(st.booleans()) else draw(field_path),
         type=kind,
@@ -131,16 +131,16 @@ def tuples(spec, identity, size=3):
 @st.composite
 def common(draw, base):
     memory, vcpus = draw(st.integers(2, 4096)), draw(st.integers(1, 16))
-    kind = draw(st.sampled_from(StartupKind))
+    kind = draw(st.sampled_from(list(StartupKind)))
     cpus = st.lists(st.integers(0, 4095), min_size=1, max_size=4, unique=True).map(lambda found: tuple(sorted(found)))
     return base.but(
         uuid=draw(st.none() | uuid),
         name=draw(st.none() | word),
         startup=kind,
         startup_file=draw(path) if kind.startswith("restore") else None,
-        on_halt=draw(st.sampled_from(Action)),
-        on_reboot=draw(st.sampled_from(Action)),
-        on_crash=draw(st.sampled_from(Action)),
+        on_halt=draw(st.sampled_from(list(Action))),
+        on_reboot=draw(st.sampled_from(list(Action))),
+        on_crash=draw(st.sampled_from(list(Action))),
         shutdown_timeout_s=draw(st.integers(1, 86400)),
         device_timeout_s=draw(st.integers(1, 86400)),
         debug=draw(st.booleans()),

@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import random
+import re
 import socket
 import time
 
@@ -13,6 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xenvm import forms
+from xenvm.boundary import checks, devices, messages
 from xenvm.boundary.frames import BODY_LIMIT_BYTES, HEADER, MAGIC, VERSION, Channel, decode, encode
 from xenvm.boundary.messages import KINDS, flag
 from xenvm.errors import ProtocolError
@@ -26,6 +29,41 @@ HOSTILE = [
 ]
 
 
+# The forms of texts once more, as regular expressions.
+PATTERNS = {
+    forms.uuid: r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}",
+    forms.printable: r"[\x20-\x7e]*",
+    checks.NAME: r"[A-Za-z0-9._+-]{1,64}",
+    messages._mask: r"([01xks]{32})?",
+    devices.is_mac: r"[0-9a-f]{2}(:[0-9a-f]{2}){5}",
+    devices.is_bridge: r"[!-.0-9;-~]{0,15}",
+    devices.is_server: r"([1-9][0-9]{0,9} [0-9]{1,20})?",
+    messages.is_directory: r"(/(?!\.{1,2}(/|\Z))[^/\0]+)+",
+    messages.is_file_name: r"((?!\.{1,2}\Z)[^/\0]+)?",
+    devices.is_cipher: r"([A-Za-z0-9][A-Za-z0-9_()-]{0,63})?",
+}
+
+
+def fitting(form):
+    """Return a strategy for the texts of a form."""
+    if isinstance(getattr(form, "__self__", None), frozenset):  # forms.one_of
+        return st.sampled_from(sorted(form.__self__))
+    return st.from_regex(re.compile(PATTERNS[form], re.ASCII), fullmatch=True)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_form_is_its_regular_expression(data):
+    form = data.draw(st.sampled_from(list(PATTERNS)), "form")
+    pattern = re.compile(PATTERNS[form], re.ASCII)
+    good = data.draw(fitting(form), "good")
+    assert form(good)
+    place = data.draw(st.integers(0, len(good)), "place")
+    letter = data.draw(st.sampled_from("0aAfg:-/ _.\n\u0660\u212a\u00e9"), "letter")
+    for text in (good[:place] + letter + good[place:], good[:place] + letter + good[place + 1 :], good[:place]):
+        assert form(text) == bool(pattern.fullmatch(text))
+
+
 def values(check):
     """Return a strategy for what `check` accepts, from the bounds it was made with."""
     if check is flag:
@@ -37,12 +75,11 @@ def values(check):
     if made_by == "number":
         return st.integers(bounds["low"], bounds["high"])
     if made_by == "string":
-        if bounds["pattern"] is not None:
-            fitting = st.from_regex(bounds["pattern"], fullmatch=True)
-            return fitting.filter(lambda text: len(text) <= bounds["limit"])
+        if bounds["form"] is not None:
+            return fitting(bounds["form"]).filter(lambda text: len(text) <= bounds["limit"])
         return st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=bounds["limit"])
     if made_by == "choice":
-        return st.sampled_from(bounds["kind"])
+        return st.sampled_from(list(bounds["kind"]))
     if made_by == "array":
         return st.lists(values(bounds["item"]), max_size=min(bounds["limit"], 4)).map(tuple)
     assert made_by == "table"

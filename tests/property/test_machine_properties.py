@@ -15,7 +15,7 @@ POLICIES = st.builds(Policy, st.just("started"), ACTIONS, ACTIONS, ACTIONS, st.j
 FAULT = Fault(1, "no", "")
 HAPPENINGS = st.builds(
     Happening,
-    st.sampled_from(Event),
+    st.sampled_from(list(Event)),
     st.floats(0, 1e6),
     st.sampled_from([-1, 1, 7]),
     st.sampled_from(["", "because"]),

@@ -129,7 +129,7 @@ def test_an_inserted_line_is_found(line, place):
 
 def test_a_record_forged_with_a_true_hash_is_found(tmp_path):
     forged = {"n": 3, "time": 1.0, "act": "job", "previous": GENESIS}
-    forged["hash"] = actlog._digest(actlog._bytes(forged))
+    forged["hash"] = actlog.hexdigest(actlog._bytes(forged))
     line = actlog._bytes(forged) + b"\n"
     assert all(found(b"".join([*LINES[:place], line, *LINES[place:]])) for place in range(len(LINES) + 1))
     assert all(found(b"".join([*LINES[:place], line, *LINES[place + 1 :]])) for place in range(len(LINES)))
@@ -139,7 +139,7 @@ def test_a_record_forged_with_a_true_hash_is_found(tmp_path):
 def test_a_record_without_its_links_is_none(missing):
     forged = {"n": 1, "act": "job", "previous": GENESIS}
     del forged[missing]
-    forged["hash"] = actlog._digest(actlog._bytes(forged))
+    forged["hash"] = actlog.hexdigest(actlog._bytes(forged))
     assert found(actlog._bytes(forged) + b"\n")
 
 
@@ -267,7 +267,7 @@ def test_a_rotated_file_may_start_in_the_middle(rotated):
 @pytest.mark.parametrize("n", [1, 2])
 def test_the_first_record_fits_its_number(n):
     record = {"n": n, "act": "job", "previous": GENESIS if n == 2 else "1" * 64}
-    record["hash"] = actlog._digest(actlog._bytes(record))
+    record["hash"] = actlog.hexdigest(actlog._bytes(record))
     assert found(actlog._bytes(record) + b"\n", "a.acts.1")
 
 

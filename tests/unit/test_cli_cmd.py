@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import xenvm
 from xenvm import __version__
 from xenvm.cli import client, cmd, render, verbs
 from xenvm.errors import UsageError, XenvmError
@@ -28,8 +30,51 @@ def test_start_loads_little():
         [sys.executable, "-I", "-c", script, str(ROOT)], capture_output=True, text=True, check=True, timeout=60
     ).stdout.split()
     assert "xenvm.cli.cmd" in loaded
-    unwanted = "argparse asyncio subprocess dataclasses selectors logging psutil cffi difflib socket typing"
+    unwanted = "argparse asyncio subprocess dataclasses selectors logging psutil cffi difflib socket typing "
+    unwanted += "re json enum collections functools contextlib types signal"
     assert {name.partition(".")[0] for name in loaded} & set(unwanted.split()) == set()
+
+
+SCRIPT = ROOT / "scripts/bin/xenvm-cmd"
+
+
+def installed(prefix, version):
+    """Install the script and the package below a prefix, as pip does."""
+    (prefix / "bin").mkdir()
+    shutil.copy(SCRIPT, prefix / "bin")
+    packages = prefix / f"lib/python{version}/dist-packages"
+    packages.mkdir(parents=True)
+    (packages / "xenvm").symlink_to(ROOT / "xenvm")
+    return prefix / "bin/xenvm-cmd"
+
+
+def of_the_system():
+    show = "import sys; print('%d.%d' % sys.version_info[:2])"
+    return subprocess.run(["/usr/bin/python3", "-c", show], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_the_installed_program_starts_without_site_and_environment(tmp_path):
+    program = installed(tmp_path, of_the_system())
+    assert program.read_text().splitlines()[0] == "#!/usr/bin/python3 -ISB"
+    environment = {"PYTHONPATH": "/nonexistent", "PYTHONSTARTUP": "/nonexistent", "PYTHONVERBOSE": "1"}
+    done = subprocess.run(
+        [program, "--version"], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert (done.stdout, done.stderr) == (f"xenvm-cmd {xenvm.__version__}\n", "")
+    link = tmp_path / "link"
+    link.symlink_to(program)
+    assert subprocess.run([link, "bad"], capture_output=True, timeout=60, check=False).returncode == 2
+
+
+def test_where_only_another_interpreter_knows_the_package(tmp_path):
+    program = installed(tmp_path, "2.7")
+    told = tmp_path / "bin/python3"
+    told.write_text('#!/bin/sh\necho "$@"\n')
+    alone = subprocess.run([program, "list"], capture_output=True, text=True, timeout=60, check=False)
+    assert (alone.returncode, "No module named 'xenvm'" in alone.stderr) == (1, True)
+    told.chmod(0o755)
+    done = subprocess.run([program, "list", "a b"], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "-I -m xenvm.cli.cmd list a b\n"
 
 
 # Command line

@@ -7,23 +7,22 @@ value out of range is a ProtocolError.
 
 from __future__ import annotations
 
-import re
-
+from xenvm import forms
 from xenvm.errors import ProtocolError
 from xenvm.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from enum import StrEnum
     from typing import Any, ClassVar, Final, Self
+
+    from xenvm.choice import StrChoice
+    from xenvm.forms import Form
 
     Check = Callable[[object], Any]
 
 INT32_MAX: Final = 2**31 - 1
-UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
-_NO_TEXT: Final = re.compile("[\0\ud800-\udfff]")
-NAME: Final = re.compile(r"[A-Za-z0-9._+-]{1,64}", re.ASCII)
+NAME: Final = forms.of(forms.LETTERS | forms.DIGITS | frozenset("._+-"), 1, 64)
 
 
 def number(low: int, high: int) -> Check:
@@ -37,20 +36,32 @@ def number(low: int, high: int) -> Check:
     return check
 
 
-def string(limit: int, pattern: re.Pattern[str] | None = None) -> Check:
-    """Accept a string of at most `limit` characters that matches `pattern` as a whole.
+def string(limit: int, form: Form | None = None) -> Check:
+    """Accept a string of at most `limit` characters that has the `form`, a function of xenvm.forms.
 
     NUL, and halves of surrogate pairs, which cannot be encoded, are not among them.
     """
 
     def check(untrusted: object) -> str:
-        if not isinstance(untrusted, str) or len(untrusted) > limit or _NO_TEXT.search(untrusted):
+        if not isinstance(untrusted, str) or len(untrusted) > limit or not _is_text(untrusted):
             raise ProtocolError(f"not a text of at most {limit} characters")
-        if pattern is not None and not pattern.fullmatch(untrusted):
+        if form is not None and not form(untrusted):
             raise ProtocolError("text has another form")
         return untrusted
 
     return check
+
+
+def _is_text(untrusted: str) -> bool:
+    if "\0" in untrusted:
+        return False
+    if untrusted.isascii():
+        return True
+    try:
+        untrusted.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def flag(untrusted: object) -> bool:
@@ -60,10 +71,10 @@ def flag(untrusted: object) -> bool:
     return untrusted
 
 
-def choice(kind: type[StrEnum]) -> Check:
+def choice(kind: type[StrChoice]) -> Check:
     """Accept a member of a string enumeration by value."""
 
-    def check(untrusted: object) -> StrEnum:
+    def check(untrusted: object) -> StrChoice:
         if not isinstance(untrusted, str):
             raise ProtocolError("not a choice")
         try:

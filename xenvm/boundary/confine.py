@@ -7,10 +7,10 @@ Capabilities, Landlock and parent-death signals belong to a thread; confine() re
 
 from __future__ import annotations
 
+import _signal as signal  # `signal` itself builds enumerations at each start
 import errno
 import os
 import resource
-import signal
 
 import prctl
 

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import re
-from enum import StrEnum
-
+from xenvm import forms
 from xenvm.boundary.checks import Checked, array, choice, flag, number, string
+from xenvm.choice import StrChoice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,14 +14,28 @@ if TYPE_CHECKING:
 DISKS_LIMIT: Final = 64
 NICS_LIMIT: Final = 32
 DEVICE_MAX: Final = 2**29 - 1  # the extended form of xen/io/blkif.h: bit 28, 20 bits of disk, 8 of partition
-MAC: Final = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.ASCII)
-BRIDGE: Final = re.compile(r"[!-.0-9;-~]{0,15}", re.ASCII)  # IFNAMSIZ is 16 with its NUL; "" is the host's default
-SERVER: Final = re.compile(r"([1-9][0-9]{0,9} [0-9]{1,20})?", re.ASCII)
-PRINTABLE: Final = re.compile(r"[\x20-\x7e]*", re.ASCII)
-CIPHER: Final = re.compile(r"([A-Za-z0-9][A-Za-z0-9_()-]{0,63})?", re.ASCII)
+_WORD: Final = forms.LETTERS | forms.DIGITS
+
+is_mac: Final = forms.grouped(":", forms.HEX_DIGITS, 2, 2, 2, 2, 2, 2)
+# The kernel's names of interfaces: visible ASCII but / and :, IFNAMSIZ is 16 with its NUL; "" is the host's default.
+is_bridge: Final = forms.of(frozenset(map(chr, range(0x21, 0x7F))) - frozenset("/:"), 0, 15)
+_pid: Final = forms.number(10, zero=False)
+_ticks: Final = forms.of(forms.DIGITS, 1, 20)
+_cipher: Final = forms.of(_WORD | frozenset("_()-"), 0, 64)
 
 
-class Kind(StrEnum):
+def is_server(text: str) -> bool:
+    """Tell whether a text is a process number and a start time, or empty."""
+    pid, _, ticks = text.partition(" ")
+    return not text or (_pid(pid) and _ticks(ticks))
+
+
+def is_cipher(text: str) -> bool:
+    """Tell whether a text may be the name of a cipher, or is empty."""
+    return not text or (_cipher(text) and text[0] in _WORD)
+
+
+class Kind(StrChoice):
     """The two classes of devices, by their names in xenstore."""
 
     VBD = "vbd"
@@ -47,13 +60,13 @@ class DiskGrant(Checked):
     key_file: str
     CHECKS: ClassVar = {
         "device": number(1, DEVICE_MAX),
-        "name": string(32, PRINTABLE),
-        "type": string(8, re.compile("phy|file|aio|qcow|vhd")),
+        "name": string(32, forms.printable),
+        "type": string(8, forms.one_of("phy", "file", "aio", "qcow", "vhd")),
         "path": string(4095),
         "read_only": flag,
         "cdrom": flag,
         "share": flag,
-        "cipher": string(64, CIPHER),
+        "cipher": string(64, is_cipher),
         "key_size_bits": number(0, 4096),
         "key_file": string(4095),
     }
@@ -65,7 +78,7 @@ class NicGrant(Checked):
     id: int
     bridge: str
     mac: str
-    CHECKS: ClassVar = {"id": number(0, NICS_LIMIT - 1), "bridge": string(15, BRIDGE), "mac": string(17, MAC)}
+    CHECKS: ClassVar = {"id": number(0, NICS_LIMIT - 1), "bridge": string(15, is_bridge), "mac": string(17, is_mac)}
 
 
 class Vbd(Checked):
@@ -86,14 +99,14 @@ class Vbd(Checked):
     server: str
     CHECKS: ClassVar = {
         "device": number(1, DEVICE_MAX),
-        "name": string(32, PRINTABLE),
+        "name": string(32, forms.printable),
         "read_only": flag,
         "cdrom": flag,
         "share": flag,
-        "source": string(1024, PRINTABLE),
+        "source": string(1024, forms.printable),
         "major": number(-1, 4095),
         "minor": number(-1, 2**20 - 1),
-        "server": string(31, SERVER),
+        "server": string(31, is_server),
     }
 
 
@@ -103,7 +116,7 @@ class Vif(Checked):
     id: int
     bridge: str
     mac: str
-    CHECKS: ClassVar = {"id": number(0, NICS_LIMIT - 1), "bridge": string(15, BRIDGE), "mac": string(17, MAC)}
+    CHECKS: ClassVar = {"id": number(0, NICS_LIMIT - 1), "bridge": string(15, is_bridge), "mac": string(17, is_mac)}
 
 
 class DeviceState(Checked):
@@ -124,13 +137,13 @@ class DeviceState(Checked):
     CHECKS: ClassVar = {
         "kind": choice(Kind),
         "device": number(0, DEVICE_MAX),
-        "name": string(32, PRINTABLE),
+        "name": string(32, forms.printable),
         "backend": number(-1, 8),
         "frontend": number(-1, 8),
         "read_only": flag,
-        "detail": string(1024, PRINTABLE),
-        "bridge": string(15, BRIDGE),
-        "server": string(31, SERVER),
+        "detail": string(1024, forms.printable),
+        "bridge": string(15, is_bridge),
+        "server": string(31, is_server),
     }
 
 

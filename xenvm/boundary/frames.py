@@ -8,13 +8,13 @@ a neighbour. Whatever does not fit ends the connection with ProtocolError.
 
 from __future__ import annotations
 
-import json
+import _socket as socket  # `socket` itself builds enumerations at each start
 import os
 import select
-import socket
 import struct
 import time
 
+from xenvm import jsontext
 from xenvm.boundary.messages import KINDS
 from xenvm.errors import ProtocolError, TimeoutExpiredError
 
@@ -35,7 +35,7 @@ _INT: Final = struct.Struct("@i")
 
 def encode(message: Message, descriptor_count: int = 0) -> bytes:
     """Return the frame of `message`; raise ProtocolError when it would be larger than a peer may accept."""
-    body = json.dumps(message.as_body(), separators=(",", ":"), ensure_ascii=True).encode("ascii")
+    body = jsontext.dumps(message.as_body()).encode("ascii")
     if len(body) > BODY_LIMIT_BYTES:
         raise ProtocolError(f"{type(message).__name__}: {len(body)} bytes, the limit is {BODY_LIMIT_BYTES}")
     return HEADER.pack(MAGIC, VERSION, message.KIND, descriptor_count, len(body)) + body
@@ -56,26 +56,10 @@ def decode(untrusted_frame: bytes, descriptor_count: int = 0) -> Message:
     if announced != descriptor_count or descriptor_count > message_type.DESCRIPTORS:
         raise ProtocolError(f"{message_type.__name__}: {descriptor_count} descriptors")
     try:
-        untrusted_body = json.loads(
-            untrusted_frame[HEADER.size :].decode("ascii"),
-            object_pairs_hook=_object_without_duplicates,
-            parse_constant=_refuse_constant,
-            parse_float=_refuse_constant,
-        )
+        untrusted_body = jsontext.loads(untrusted_frame[HEADER.size :].decode("ascii"))
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"{message_type.__name__}: body is not JSON") from error
     return message_type.from_body(untrusted_body)
-
-
-def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("duplicate field")
-    return made
-
-
-def _refuse_constant(_text: str) -> object:
-    raise ValueError("number is not an integer")
 
 
 class Channel:
@@ -114,10 +98,11 @@ class Channel:
         """
         passed = list(descriptors)
         frame = encode(message, len(passed))
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"@{len(passed)}i", *passed))] if passed else []
         end = time.monotonic() + deadline_s
         while True:
             try:
-                socket.send_fds(self._socket, [frame], passed)
+                self._socket.sendmsg([frame], rights)
             except BlockingIOError:
                 self._wait(select.POLLOUT, end, deadline_s)
             except OSError as error:

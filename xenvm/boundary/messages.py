@@ -7,13 +7,10 @@ a field that names a file or a domain; a disk it adds comes as an open descripto
 
 from __future__ import annotations
 
-import re
-from enum import StrEnum
-
+from xenvm import forms
 from xenvm.boundary.checks import (
     INT32_MAX,
     NAME,
-    UUID,
     Checked,
     Message,
     array,
@@ -24,7 +21,6 @@ from xenvm.boundary.checks import (
     table,
 )
 from xenvm.boundary.devices import (
-    BRIDGE,
     DEVICE_MAX,
     DISK_GRANTS,
     NIC_GRANTS,
@@ -38,8 +34,21 @@ from xenvm.boundary.devices import (
     NicGrant,
     Vbd,
     Vif,
+    is_bridge,
 )
-from xenvm.boundary.workers import Connect, Decrypt, Join, Release, Serve, Served
+from xenvm.boundary.workers import (
+    Connect,
+    Decrypt,
+    Join,
+    Release,
+    Serve,
+    Served,
+    Sum,
+    Summed,
+    Unpack,
+    Unpacked,
+)
+from xenvm.choice import StrChoice
 from xenvm.errors import ExitCode
 
 TYPE_CHECKING = False
@@ -50,7 +59,7 @@ if TYPE_CHECKING:
     from xenvm.boundary.checks import Check
 
 
-class Op(StrEnum):
+class Op(StrChoice):
     """What is asked of the broker and of its helpers. In an Ask none has an argument: the broker knows VM and grants.
 
     PLUG and UNPLUG come to the broker as messages of their own.
@@ -83,7 +92,7 @@ class Op(StrEnum):
     QUIT = "quit"
 
 
-class DomainState(StrEnum):
+class DomainState(StrChoice):
     """What Xen says of a domain."""
 
     ABSENT = "absent"
@@ -93,7 +102,7 @@ class DomainState(StrEnum):
     RUNNING = "running"
 
 
-class Phase(StrEnum):
+class Phase(StrChoice):
     """What our own dom0-only xenstore record says of the domain with this uuid."""
 
     NONE = "none"
@@ -101,7 +110,7 @@ class Phase(StrEnum):
     BUILT = "built"
 
 
-class WatchEvent(StrEnum):
+class WatchEvent(StrChoice):
     """What the watcher tells: only that something may have changed, never a value a guest wrote."""
 
     ARMED = "armed"
@@ -109,10 +118,20 @@ class WatchEvent(StrEnum):
 
 
 DIRECTORIES_LIMIT: Final = 16
-DIRECTORY: Final = re.compile(r"(/(?!\.{1,2}(/|$))[^/\0]+)+")  # absolute, without empty, `.` and `..` parts
-FILE_NAME: Final = re.compile(r"((?!\.{1,2}$)[^/\0]+)?")
 
-_UUID_TEXT = string(36, UUID)
+
+def is_file_name(text: str) -> bool:
+    """Tell whether a text may be the name of a file, or is empty."""
+    return text not in (".", "..") and "/" not in text
+
+
+def is_directory(text: str) -> bool:
+    """Tell whether a text is an absolute path without empty, `.` and `..` parts."""
+    root, *parts = text.split("/")
+    return not root and bool(parts) and all(part and is_file_name(part) for part in parts)
+
+
+_UUID_TEXT = string(36, forms.uuid)
 _NAME_TEXT = string(64, NAME)
 _PATH_TEXT = string(4095)
 _LINE_TEXT = string(1024)
@@ -151,6 +170,13 @@ class Fault(Checked):
     CHECKS: ClassVar = {"code": number(1, max(ExitCode)), "message": string(4096), "hint": string(1024)}
 
 
+_MASK_DIGITS: Final = frozenset("01xks")
+
+
+def _mask(text: str) -> bool:
+    return not text or (len(text) == 32 and _MASK_DIGITS.issuperset(text))
+
+
 class CpuidRule(Checked):
     """One `cpuid` line: leaf, subleaf (-1 none) and four masks of 32 characters or "", eax to edx (xenctrl.h)."""
 
@@ -160,7 +186,7 @@ class CpuidRule(Checked):
     CHECKS: ClassVar = {
         "leaf": number(0, 2**32 - 1),
         "subleaf": number(-1, 2**32 - 1),
-        "masks": array(string(32, re.compile(r"([01xks]{32})?")), 4),
+        "masks": array(string(32, _mask), 4),
     }
 
 
@@ -220,9 +246,9 @@ class Policy(Checked):
     on_crash: str
     shutdown_timeout_s: int
     device_timeout_s: int
-    _ACTION: ClassVar[Check] = string(16, re.compile("destroy|reboot|preserve"))
+    _ACTION: ClassVar[Check] = string(16, forms.one_of("destroy", "reboot", "preserve"))
     CHECKS: ClassVar = {
-        "startup": string(16, re.compile("started|paused|shutdown")),
+        "startup": string(16, forms.one_of("started", "paused", "shutdown")),
         "on_halt": _ACTION,
         "on_reboot": _ACTION,
         "on_crash": _ACTION,
@@ -242,7 +268,7 @@ class FileNeed(Checked):
         "key": string(64),
         "line": number(0, INT32_MAX),
         "path": _PATH_TEXT,
-        "kind": string(8, re.compile("file|block|either")),
+        "kind": string(8, forms.one_of("file", "block", "either")),
     }
 
 
@@ -256,9 +282,9 @@ class HostPolicy(Checked):
     bridges: tuple[str, ...]
     directories: tuple[str, ...] = ()
     CHECKS: ClassVar = {
-        "default_bridge": string(15, BRIDGE),
-        "bridges": array(string(15, BRIDGE), 256),
-        "directories": array(string(1024, DIRECTORY), DIRECTORIES_LIMIT),
+        "default_bridge": string(15, is_bridge),
+        "bridges": array(string(15, is_bridge), 256),
+        "directories": array(string(1024, is_directory), DIRECTORIES_LIMIT),
     }
 
 
@@ -322,7 +348,7 @@ class Init(Message):
         "all_gid": number(-1, INT32_MAX),
         "read_gid": number(-1, INT32_MAX),
         "policy": Policy.from_body,
-        "directories": array(string(1024, DIRECTORY), DIRECTORIES_LIMIT),
+        "directories": array(string(1024, is_directory), DIRECTORIES_LIMIT),
         "fields": table(string(64), string(32768), 256),
     }
 
@@ -473,7 +499,7 @@ class Plug(Message):
         "disks": array(DiskGrant.from_body, 1),
         "nics": array(NicGrant.from_body, 1),
         "directory": number(-1, DIRECTORIES_LIMIT - 1),
-        "file": string(255, FILE_NAME),
+        "file": string(255, is_file_name),
     }
 
 
@@ -507,7 +533,7 @@ class Rebridge(Message):
     device: int
     bridge: str
     KIND: ClassVar = 13
-    CHECKS: ClassVar = {"sequence": _SEQUENCE, "device": number(0, NICS_LIMIT - 1), "bridge": string(15, BRIDGE)}
+    CHECKS: ClassVar = {"sequence": _SEQUENCE, "device": number(0, NICS_LIMIT - 1), "bridge": string(15, is_bridge)}
 
 
 class Created(Message):
@@ -535,6 +561,7 @@ KINDS: Final[Mapping[int, type[Message]]] = {
     for message in (
         *(Hello, Init, Ask, Done, Failed, Progress, Job, Watch, Parsed, Outcome),
         *(Plug, Unplug, Rebridge, Created, Ready, Join, Serve, Served, Connect, Decrypt, Release),
+        *(Unpack, Unpacked, Sum, Summed),
     )
 }
 

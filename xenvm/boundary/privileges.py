@@ -10,10 +10,8 @@ The kinds of descriptors: "/dev/null" and other device paths stand for themselve
 
 from __future__ import annotations
 
-from enum import StrEnum
-from types import MappingProxyType
-
-from xenvm.record import Record
+from xenvm.choice import StrChoice
+from xenvm.record import MappingProxyType, Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
     from typing import Final
 
 
-class Role(StrEnum):
+class Role(StrChoice):
     """One kind of process."""
 
     BROKER = "broker"
@@ -34,9 +32,10 @@ class Role(StrEnum):
     IMAGE = "image"
     STORAGE = "storage"
     SIMULATOR = "simulator"
+    UNPACKER = "unpacker"
 
 
-class Landlock(StrEnum):
+class Landlock(StrChoice):
     """What the Landlock ruleset of a process leaves it."""
 
     NOTHING = "nothing accessible"
@@ -395,6 +394,22 @@ _ROWS: Final = (
         requests=(),
         dies_with_parent=False,
         ioctls=DESCRIPTOR_IOCTLS | PTY_IOCTLS,
+    ),
+    Row(
+        role=Role.UNPACKER,
+        user="xenvm-unpack",
+        capabilities=frozenset(),
+        no_new_privs=True,
+        # ftruncate to make the room for what is unpacked, fsync to have it on the disk.
+        syscalls=BASE_SYSCALLS | {"ftruncate", "fsync"},
+        landlock=Landlock.NOTHING,
+        # 3 the broker; the image and the file for what is in it come with the request
+        descriptors=_frozen({3: SOCKET}),
+        extra_descriptors=frozenset({SOCKET, FILE}),
+        # FSIZE is the largest kernel, compressed or not; the addresses are for both at once and a dictionary.
+        limits=_limits(NPROC=0, FSIZE=1 << 30, NOFILE=32, AS=3 << 30, CPU=300),
+        lifetime=ONE_REQUEST,
+        requests=("unpack", "sum"),
     ),
 )
 

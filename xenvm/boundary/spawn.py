@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import _signal as signal  # `signal` itself builds enumerations at each start
 import fcntl
 import os
 import sys
@@ -35,3 +36,11 @@ def spawn(role: str, descriptors: Mapping[int, int], *arguments: str, new_sessio
     finally:
         for copy in copies.values():
             os.close(copy)
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal."""
+    names: dict[int, str] = {
+        value: name for name, value in vars(signal).items() if name.startswith("SIG") and name[3].isalpha()
+    }
+    return names.get(number, f"signal {number}")

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the broker says to the workers for disks and cards (network, image, storage), and they to it. No I/O."""
+"""What the broker says to the workers for disks, cards and kernels, and they to it. No I/O."""
 
 from __future__ import annotations
 
-import re
-
+from xenvm import forms
 from xenvm.boundary.checks import INT32_MAX, NAME, Message, array, flag, number, string
-from xenvm.boundary.devices import CIPHER, VIFS, Vif
+from xenvm.boundary.devices import VIFS, Vif, is_cipher
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
 
 _NAME_TEXT = string(64, NAME)
 _SECONDS = number(1, 86400)
+_DIGEST = forms.of(forms.HEX_DIGITS, 64, 64)
 
 
 class Join(Message):
@@ -37,7 +37,7 @@ class Serve(Message):
     label: str
     KIND: ClassVar = 17
     DESCRIPTORS: ClassVar = 3
-    CHECKS: ClassVar = {"format": string(8, re.compile("qcow|vhd")), "read_only": flag, "label": _NAME_TEXT}
+    CHECKS: ClassVar = {"format": string(8, forms.one_of("qcow", "vhd")), "read_only": flag, "label": _NAME_TEXT}
 
 
 class Served(Message):
@@ -78,7 +78,7 @@ class Decrypt(Message):
     DESCRIPTORS: ClassVar = 2
     CHECKS: ClassVar = {
         "name": _NAME_TEXT,
-        "cipher": string(64, CIPHER),
+        "cipher": string(64, is_cipher),
         "key_size_bits": number(64, 4096),
         "read_only": flag,
     }
@@ -91,3 +91,35 @@ class Release(Message):
     nbds: tuple[int, ...]
     KIND: ClassVar = 21
     CHECKS: ClassVar = {"mappings": array(_NAME_TEXT, 64), "nbds": array(number(0, 2**20), 64)}
+
+
+class Unpack(Message):
+    """Broker to unpacker: decompress a kernel. Descriptors: the image, and the empty file for what is in it."""
+
+    KIND: ClassVar = 40
+    DESCRIPTORS: ClassVar = 2
+    CHECKS: ClassVar = {}
+
+
+class Unpacked(Message):
+    """Unpacker to broker: so much was written; 0, the image is not compressed in a way that is known."""
+
+    size_bytes: int
+    KIND: ClassVar = 41
+    CHECKS: ClassVar = {"size_bytes": number(0, 2**40)}
+
+
+class Sum(Message):
+    """Broker to unpacker: see to it that a file is on the disk, and sum it. It comes along, open for reading."""
+
+    KIND: ClassVar = 42
+    DESCRIPTORS: ClassVar = 1
+    CHECKS: ClassVar = {}
+
+
+class Summed(Message):
+    """Unpacker to broker: the SHA-256 of the file."""
+
+    digest: str
+    KIND: ClassVar = 43
+    CHECKS: ClassVar = {"digest": string(64, _DIGEST)}

@@ -9,13 +9,21 @@ Nothing in the file tells that records are missing at its end.
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
-import json
 import os
 import time
 
+from xenvm import jsontext
 from xenvm.errors import XenvmError
+
+# These modules of CPython (3.12 renamed it) without the start time of hashlib and OpenSSL.
+try:
+    from _sha2 import sha256  # type: ignore[import-not-found]
+except ImportError:
+    try:
+        from _sha256 import sha256  # type: ignore[import-not-found]
+    except ImportError:
+        from hashlib import sha256
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,21 +37,25 @@ TAIL_BYTES: Final = 16384
 
 def _bytes(record: dict[str, object]) -> bytes:
     """Give the one way a record is written; its hash covers these bytes, without the hash itself."""
-    return json.dumps(record, separators=(",", ":")).encode("ascii")
+    return jsontext.dumps(record).encode("ascii")
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def hexdigest(data: bytes) -> str:
+    """Return the SHA-256."""
+    digest: str = sha256(data).hexdigest()
+    return digest
 
 
 def _record(line: bytes) -> dict[str, object] | None:
     """Return what a line without its newline says; None unless it is, byte for byte, a record with a true hash."""
     try:
-        record = json.loads(line.decode("ascii"))
+        record = jsontext.loads(line.decode("ascii"))
         if _bytes(record) != line:
             return None
         claimed = record.pop("hash")
-        sound = type(record["n"]) is int and isinstance(record["previous"], str) and _digest(_bytes(record)) == claimed
+        sound = (
+            type(record["n"]) is int and isinstance(record["previous"], str) and hexdigest(_bytes(record)) == claimed
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return record | {"hash": claimed} if sound else None
@@ -54,7 +66,7 @@ def _torn(remains: bytes) -> dict[str, object]:
     if not remains:
         return {"torn": 0}
     remains = remains.removesuffix(b"\n")
-    return {"torn": len(remains), "torn_hash": _digest(remains)}
+    return {"torn": len(remains), "torn_hash": hexdigest(remains)}
 
 
 class ActLog:
@@ -114,7 +126,7 @@ class ActLog:
             **details,
             "previous": self._previous,
         }
-        record["hash"] = _digest(_bytes(record))
+        record["hash"] = hexdigest(_bytes(record))
         self._write(_bytes(record) + b"\n")
         self._number, self._previous = self._number + 1, str(record["hash"])
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 
 from xenvm.boundary.devices import DISKS_LIMIT, DiskGrant, Kind, NicGrant
@@ -11,6 +10,7 @@ from xenvm.broker import bridges
 from xenvm.broker.host import open_in
 from xenvm.broker.plugging import Wanted
 from xenvm.broker.servers import end_server
+from xenvm.context import suppress
 from xenvm.errors import ExitCode, UsageError, XenvmError
 from xenvm.model import same_disk
 
@@ -145,5 +145,5 @@ class Book:
             return
         _, held = self._disks.pop(device, (None, -1))
         if held >= 0:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.close(held)

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
+import _signal as signal  # `signal` itself builds enumerations at each start
+import _socket as socket  # `socket` itself builds enumerations at each start
 import os
 import select
-import signal
-import socket
 
 from xenvm.boundary.place import HERE
-from xenvm.boundary.spawn import spawn
+from xenvm.boundary.spawn import signal_name, spawn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Child:
         if self.status is None:
             return "is running"
         if os.WIFSIGNALED(self.status):
-            return f"died of {signal.Signals(os.WTERMSIG(self.status)).name}"
+            return f"died of {signal_name(os.WTERMSIG(self.status))}"
         return f"ended with status {os.waitstatus_to_exitcode(self.status)}"
 
     def end(self, grace_ms: int = 0) -> None:

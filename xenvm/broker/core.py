@@ -7,13 +7,11 @@ that is not legal in the present phase is refused, and nothing a supervisor send
 
 from __future__ import annotations
 
-import contextlib
+import _signal as signal  # `signal` itself builds enumerations at each start
+import _socket as socket  # `socket` itself builds enumerations at each start
 import os
 import select
-import signal
-import socket
 import time
-from collections import deque
 
 from xenvm.boundary.devices import Kind, NicGrant
 from xenvm.boundary.messages import (
@@ -44,6 +42,7 @@ from xenvm.broker.phases import ON_DEVICES, PERMITS, REBUILDING, START_DEADLINE_
 from xenvm.broker.plugging import Plugging, Wanted
 from xenvm.broker.uevents import Uevents
 from xenvm.broker.work import POSTPONED_LIMIT, Change, Work, allow, ask_once, failed, forget
+from xenvm.context import suppress
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 
 TYPE_CHECKING = False
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
     from xenvm.boundary.checks import Message
     from xenvm.boundary.messages import HostPolicy
     from xenvm.broker.actlog import ActLog
+    from xenvm.broker.kernels import Kernel
 
     Reload = Callable[[], tuple[Grants, Policy, dict[str, str]]]
     Request = Plug | Unplug | Rebridge
@@ -94,12 +94,13 @@ class Broker:
         self._spare_until = 0.0  # when unused ones end; 0: not by time
         self._book = Book(host_policy)
         self._uevents = Uevents(directory)
-        self._postponed: deque[tuple[Message, list[int]]] = deque()
+        self._postponed: list[tuple[Message, list[int]]] = []
         self._recheck = False  # udev has told of a removed device; looked at when no job runs, which may have done it
         self._phase, self._domid = VmPhase.UNKNOWN, -1
         self._work: Work | None = None
-        self._asked: dict[Op, deque[float]] = {op: deque() for op in PERMITS}
-        self._restarts: dict[Role, deque[float]] = {Role.SUPERVISOR: deque(), Role.WATCHER: deque()}
+        self._keeping: Kernel | None = None  # what a start has unpacked, on its way into the cache
+        self._asked: dict[Op, list[float]] = {op: [] for op in PERMITS}
+        self._restarts: dict[Role, list[float]] = {Role.SUPERVISOR: [], Role.WATCHER: []}
         self._events_in, self._events_out = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self._events_in, self._events_out):
             end.setblocking(False)
@@ -125,7 +126,7 @@ class Broker:
             why, code = "asked to", self._code
         finally:
             self._end_children()
-        with contextlib.suppress(XenvmError):  # without space for the log the guest still runs on
+        with suppress(XenvmError):  # without space for the log the guest still runs on
             self._acts.append("closed", why=why)
         return code
 
@@ -137,7 +138,9 @@ class Broker:
         poll.register(wakeup, select.POLLIN)
         if self._uevents.fileno() >= 0:
             poll.register(self._uevents.fileno(), select.POLLIN)
-        children = [child for child in (self._supervisor, self._watcher) if child is not None] + self._workers()
+        children = [child for child in (self._supervisor, self._watcher) if child is not None]
+        children += self._work.children if self._work else []
+        children += self._keeping.children if self._keeping else []
         children += self._spares.values() if self._spare_until else []  # they greet
         for child in children:
             poll.register(child.channel.fileno(), select.POLLIN)
@@ -155,7 +158,7 @@ class Broker:
         if self._uevents.fileno() in ready:
             self._recheck |= self._uevents.removed()
         while self._postponed and not self._work and self._supervisor:
-            message, descriptors = self._postponed.popleft()
+            message, descriptors = self._postponed.pop(0)
             self._take_all(self._supervisor, message, descriptors)
         if self._recheck and not self._work:
             self._settle()
@@ -184,13 +187,6 @@ class Broker:
         except XenvmError as error:
             self._acts.append("refused", op="read-config", why=error.message[:200])
 
-    def _workers(self) -> list[Child]:
-        """Return the processes of the running job; one that has ended and is forgotten is not among them."""
-        if not self._work:
-            return []
-        more = self._work.plugging.children if self._work.plugging else []
-        return [child for child in (self._work.builder, *more) if child.pidfd >= 0]
-
     def _end_children(self) -> None:
         """End all children; the supervisor gets a moment to flush its last replies."""
         if self._supervisor:
@@ -202,6 +198,8 @@ class Broker:
         if self._work:
             self._work.stop()
             self._work.close()
+        if self._keeping:
+            self._keeping.close()
         forget(self._postponed)
         self._uevents.follow(-1)
 
@@ -276,6 +274,10 @@ class Broker:
             work.result = message
             child.end(grace_ms=5000)
             self._finish()
+        elif work and work.kernel and child is work.kernel.child:
+            self._unpacked(work, lambda kernel: kernel.take(message))
+        elif self._keeping and child is self._keeping.child:
+            self._keeping.kept(message)
         elif work and work.plugging and child in work.plugging.children:
             handed, descriptors[:] = [*descriptors], []
             self._plugged(work, lambda plugging: plugging.take(child, message, handed))
@@ -293,6 +295,11 @@ class Broker:
         if work and work.plugging and child in work.plugging.children:
             self._plugged(work, lambda plugging: plugging.gone(child))
             return
+        if work and work.kernel and child is work.kernel.child:
+            self._unpacked(work, lambda kernel: kernel.gone())
+            return
+        if self._keeping and child is self._keeping.child:
+            self._keeping.close()
         if self._spares.get(child.role) is child:
             del self._spares[child.role]
             child.end()
@@ -416,29 +423,10 @@ class Broker:
             change = Change(self._book.wanted(grants), timeout_s=grants.device_timeout_s)
         change = change or Change()
         images = host.open_images(grants) if op in REBUILDING else []
-        try:
-            self._acts.append("job", op=op.value, domid=self._domid)
-            plugging = None
-            if change.wanted.disks or change.wanted.vifs:
-                plugging = Plugging(grants.uuid, self._log, change.wanted, change.timeout_s)
-            work = self._work = Work(sequence, op, self._helper(op), deadline_s, change, plugging)
-            job = Job(
-                op,
-                grants.uuid,
-                self._domid,
-                grants,
-                plugging.planned if plugging else (),
-                change.wanted.vifs,
-                *(change.gone or (Kind.VBD, -1)),
-                change.disc,
-                change.force,
-                change.timeout_s,
-            )
-            with contextlib.suppress(ProtocolError):  # it has ended already: what it said of that comes next
-                work.builder.channel.send(job, images)
-        finally:
-            for descriptor in images:
-                os.close(descriptor)
+        self._acts.append("job", op=op.value, domid=self._domid)
+        work = Work(sequence, op, self._helper(op), deadline_s, change)
+        work.begin(self._domid, grants, images, self._log)
+        self._work = work
 
     def _helper(self, op: Op) -> Child:
         """Return the process for a job: the one that waits ready, or a fresh one."""
@@ -473,8 +461,19 @@ class Broker:
             work.plugging = None
             answer = failed(0, error, NO_DOMAIN)
         if answer:
-            with contextlib.suppress(ProtocolError):  # it has ended: its end is dealt with as such
+            with suppress(ProtocolError):  # it has ended: its end is dealt with as such
                 work.builder.channel.send(answer)
+
+    def _unpacked(self, work: Work, step: Callable[[Kernel], None]) -> None:
+        """Take a step towards the kernel; without one the job ends here, before its builder has done anything."""
+        if work.kernel is None:
+            return
+        try:
+            step(work.kernel)
+            work.hand_over()
+        except XenvmError as error:
+            work.answer = failed(work.sequence, error, self._known())
+            self._finish()
 
     def _finish(self) -> None:
         """Learn from a helper that has answered or is gone, tidy up behind it, tell the supervisor."""
@@ -493,6 +492,8 @@ class Broker:
         self._acts.append("result", op=work.op.value, pid=work.builder.pid, result=type(message).__name__)
         if isinstance(message, Done):
             self._note_devices(work, message)
+            if work.kernel and not (self._keeping and self._keeping.children) and work.kernel.keep():
+                self._keeping, work.kernel = work.kernel, None
             if work.op not in ON_DEVICES:
                 self._learn(message.domain)
             work.close()

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+import _socket as socket  # `socket` itself builds enumerations at each start
 import fcntl
 import grp
 import os
-import socket
 import stat
 
 from xenvm.boundary.messages import ConfigIssue, FileNeed, Grants, HostPolicy, Init, Parsed, Policy

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from types import MappingProxyType
-
 from xenvm.boundary.messages import Op
-from xenvm.record import Record
+from xenvm.choice import StrChoice
+from xenvm.record import MappingProxyType, Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,7 +13,7 @@ if TYPE_CHECKING:
     from typing import Final
 
 
-class VmPhase(StrEnum):
+class VmPhase(StrChoice):
     """What the broker knows of its VM, from its own helpers alone."""
 
     UNKNOWN = "unknown"  # not looked yet, or a helper died over it

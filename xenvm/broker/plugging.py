@@ -7,10 +7,8 @@ open block device. Everything opened stays open until the backends have it, whic
 
 from __future__ import annotations
 
-import contextlib
+import _socket as socket  # `socket` itself builds enumerations at each start
 import os
-import socket
-from types import MappingProxyType
 
 from xenvm.boundary.devices import Vbd, label
 from xenvm.boundary.messages import Done, Failed
@@ -19,8 +17,9 @@ from xenvm.boundary.workers import Connect, Decrypt, Join, Serve, Served
 from xenvm.broker import disks
 from xenvm.broker.children import Child
 from xenvm.broker.servers import end_server, server_text
+from xenvm.context import suppress
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
-from xenvm.record import Record
+from xenvm.record import MappingProxyType, Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -154,13 +153,13 @@ class Plugging:
             os.close(image)
             raise
         try:
-            with listener:
-                worker = Child(Role.IMAGE, self._log, {}, self._uuid)
-                _ask(worker, Serve(grant.type, grant.read_only, name), (image, listener.fileno(), client.fileno()))
+            worker = Child(Role.IMAGE, self._log, {}, self._uuid)
+            _ask(worker, Serve(grant.type, grant.read_only, name), (image, listener.fileno(), client.fileno()))
         except BaseException:
             client.close()
             raise
         finally:
+            listener.close()
             os.close(image)
         try:
             served, _ = yield worker
@@ -182,7 +181,7 @@ class Plugging:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            with contextlib.suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):
                 os.unlink(path)  # noqa: PTH108
             before = os.umask(0o177)  # only root may connect while the name is there
             try:
@@ -218,7 +217,7 @@ class Plugging:
 
 
 def _ask(worker: Child, message: Message, descriptors: tuple[int, ...] = ()) -> None:
-    with contextlib.suppress(ProtocolError):  # it has ended already: what it said of that comes next
+    with suppress(ProtocolError):  # it has ended already: what it said of that comes next
         worker.channel.send(message, descriptors)
 
 

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+import _signal as signal  # `signal` itself builds enumerations at each start
 import os
 import pwd
 import select
-import signal
 
 from xenvm.boundary.privileges import TABLE, Role
 

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import _signal as signal  # `signal` itself builds enumerations at each start
+import _socket as socket  # `socket` itself builds enumerations at each start
 import os
-import signal
-import socket
 import sys
 
+from xenvm import jsontext
 from xenvm.boundary.frames import Channel
 from xenvm.boundary.messages import Grants, Outcome, Parsed, Policy
 from xenvm.boundary.privileges import Role
@@ -17,6 +16,7 @@ from xenvm.broker import host, policyfile
 from xenvm.broker.actlog import ActLog
 from xenvm.broker.children import Child
 from xenvm.broker.core import Broker
+from xenvm.context import ExitStack, suppress
 from xenvm.errors import ConfigError, ExitCode, TimeoutExpiredError, XenvmError
 
 TYPE_CHECKING = False
@@ -60,7 +60,7 @@ class Launcher:
                 _notify_ready(self._notify)
             self.to_log()
             return
-        with contextlib.suppress(XenvmError):  # nobody may wait any more; the log has it
+        with suppress(XenvmError):  # nobody may wait any more; the log has it
             self._channel.send(Outcome(code, self.uuid, _cut(text)))
         if code == 0:  # else it shows, by closing with this process, when nothing of the monitor is left
             self._channel.close()
@@ -77,7 +77,7 @@ def serve(
     parsed = _parsed(parser, config_file)
     grants = parsed.grants[0]
     launcher.uuid = grants.uuid
-    with contextlib.ExitStack() as undo:
+    with ExitStack() as undo:
         lock = host.take_lock(directory, grants.uuid)
         undo.callback(host.release_lock, directory, grants.uuid, lock)
         listener = host.listen(directory, grants.uuid)
@@ -166,17 +166,19 @@ def _parsed(parser: Child, config_file: str) -> Parsed:
 def _cut(text: str) -> str:
     """Shorten a text to what a frame holds, in which one character may take twelve bytes."""
     whole = text
-    while len(json.dumps(text)) > TEXT_LIMIT_BYTES:
+    while len(jsontext.dumps(text)) > TEXT_LIMIT_BYTES:
         text = text[: len(text) * 3 // 4]
     return text if text == whole else f"{text}\n..."
 
 
 def _notify_ready(path: str) -> None:
     """Tell the service manager (sd_notify(3)); a leading @ stands for the abstract name space."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
-        address = "\0" + path[1:] if path.startswith("@") else path
-        try:
-            notifier.sendto(b"READY=1", address)
-        except OSError as error:
-            os.write(2, f"cannot notify the service manager at {path}: {error.strerror}\n".encode())
-            sys.exit(ExitCode.FAILED)
+    notifier = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    address = "\0" + path[1:] if path.startswith("@") else path
+    try:
+        notifier.sendto(b"READY=1", address)
+    except OSError as error:
+        os.write(2, f"cannot notify the service manager at {path}: {error.strerror}\n".encode())
+        sys.exit(ExitCode.FAILED)
+    finally:
+        notifier.close()

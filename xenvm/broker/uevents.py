@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
+import _socket as socket  # `socket` itself builds enumerations at each start
 import os
-import re
-import socket
 
 from xenvm.boundary.place import HERE
 
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 
     from xenvm.boundary.devices import Kind
 
-EVENT: Final = re.compile(rb"(online|offline|remove) backend/(?:vbd|vif)/([1-9][0-9]{0,4})/[0-9]{1,9} [0-9]{1,20}")
 DEVICES: Final = f"{HERE.sysfs}/bus/xen-backend/devices"
 EVENT_LIMIT_BYTES: Final = 128
 EVENTS_AT_ONCE: Final = 64
@@ -60,12 +58,28 @@ class Uevents:
                 untrusted_event = self._socket.recv(EVENT_LIMIT_BYTES) if self._socket else b""
             except BlockingIOError:
                 break
-            match = EVENT.fullmatch(untrusted_event)
-            found = found or bool(match and match[1] == b"remove" and int(match[2]) == self._domid)
+            found = found or _removed(untrusted_event, self._domid)
         return found
 
     def _path(self) -> str:
         return f"{self._directory}/domid-{self._domid}"
+
+
+def _removed(untrusted_event: bytes, domid: int) -> bool:
+    """Tell whether this is the event `remove backend/KIND/DOMID/DEVICE SEQUENCE` of the domain."""
+    words = untrusted_event.split(b" ")
+    parts = words[1].split(b"/") if len(words) == 3 else []
+    return (
+        words[0] == b"remove"
+        and len(parts) == 4
+        and parts[0] == b"backend"
+        and parts[1] in (b"vbd", b"vif")
+        and parts[2] == b"%d" % domid
+        and parts[3].isdigit()
+        and len(parts[3]) <= 9
+        and words[2].isdigit()
+        and len(words[2]) <= 20
+    )
 
 
 def gone(known: Iterable[tuple[Kind, int]], domid: int) -> bool:

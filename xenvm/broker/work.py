@@ -6,21 +6,21 @@ from __future__ import annotations
 import os
 import time
 
-from xenvm.boundary.messages import Done, Failed, Fault
-from xenvm.broker.plugging import Wanted
-from xenvm.errors import XenvmError
+from xenvm.boundary.devices import Kind
+from xenvm.boundary.messages import Done, Failed, Fault, Job
+from xenvm.broker.kernels import Kernel
+from xenvm.broker.plugging import Plugging, Wanted
+from xenvm.context import suppress
+from xenvm.errors import ProtocolError, XenvmError
 from xenvm.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections import deque
     from typing import Final
 
     from xenvm.boundary.checks import Message
-    from xenvm.boundary.devices import Kind
-    from xenvm.boundary.messages import Domain, Op
+    from xenvm.boundary.messages import Domain, Grants, Op
     from xenvm.broker.children import Child
-    from xenvm.broker.plugging import Plugging
 
 POSTPONED_LIMIT: Final = 16  # an honest supervisor asks for one thing after the other
 
@@ -37,13 +37,20 @@ class Change(Record):
     force: bool = False
     timeout_s: int = 40
 
+    def job(self, op: Op, domid: int, grants: Grants, plugging: Plugging | None) -> Job:
+        """Return what a builder or hotplug worker is told of it."""
+        planned = plugging.planned if plugging else ()
+        place = self.gone or (Kind.VBD, -1)
+        return Job(
+            *(op, grants.uuid, domid, grants, planned, self.wanted.vifs, *place),
+            *(self.disc, self.force, self.timeout_s),
+        )
+
 
 class Work:
     """The one running job: what was asked, who does it, until when."""
 
-    def __init__(
-        self, sequence: int, op: Op, builder: Child, deadline_s: float, change: Change, plugging: Plugging | None
-    ) -> None:
+    def __init__(self, sequence: int, op: Op, builder: Child, deadline_s: float, change: Change) -> None:
         self.sequence = sequence
         self.op = op
         self.builder = builder
@@ -51,12 +58,52 @@ class Work:
         self.end = time.monotonic() + deadline_s
         self.result: Message | None = None
         self.change = change
-        self.plugging = plugging
+        self.plugging: Plugging | None = None
         self.created = False
         self.answer: Message | None = None
         """What to tell at the end instead of how it went: this only tidies up behind something that failed."""
         self.held: list[int] = []
         """Descriptors that came with the request; closed with the work."""
+        self.job: Job | None = None
+        """What the builder has not been told yet: it waits for the kernel."""
+        self.kernel: Kernel | None = None
+        self.initrd = -1
+
+    def begin(self, domid: int, grants: Grants, images: list[int], log: int) -> None:
+        """Take over the images, kernel first, and give the helper its job when they are ready.
+
+        Raise XenvmError when that cannot be begun; nothing of it is left then.
+        """
+        wanted = self.change.wanted
+        try:
+            self.initrd = images[1] if len(images) > 1 else -1
+            self.kernel = Kernel(images[0], grants.uuid, log) if images else None
+            if wanted.disks or wanted.vifs:
+                self.plugging = Plugging(grants.uuid, log, wanted, self.change.timeout_s)
+            self.job = self.change.job(self.op, domid, grants, self.plugging)
+            self.hand_over()
+        except XenvmError:
+            self.stop()
+            self.close()
+            raise
+
+    @property
+    def children(self) -> list[Child]:
+        """The processes that work on it; one that has ended and is forgotten is not among them."""
+        more = [*(self.plugging.children if self.plugging else [])]
+        more += self.kernel.children if self.kernel else []
+        return [child for child in (self.builder, *more) if child.pidfd >= 0]
+
+    def hand_over(self) -> None:
+        """Give the builder its job as soon as the kernel is there, if it needs one."""
+        job = self.job
+        if job is None or (self.kernel and self.kernel.ready < 0):
+            return
+        self.job = None
+        images = [self.kernel.ready] if self.kernel else []
+        images += [self.initrd] if self.initrd >= 0 else []
+        with suppress(ProtocolError):  # it has ended already: what it said of that comes next
+            self.builder.channel.send(job, images)
 
     def stop(self) -> None:
         """End everything that works on it; what it has opened is closed."""
@@ -64,9 +111,15 @@ class Work:
         if self.plugging:
             self.plugging.close(succeeded=isinstance(self.result, Done))
             self.plugging = None
+        if self.initrd >= 0:
+            os.close(self.initrd)
+            self.initrd = -1
 
     def close(self) -> None:
-        """Close what came with the request."""
+        """Close what came with the request, and the kernel."""
+        if self.kernel:
+            self.kernel.close()
+            self.kernel = None
         for descriptor in self.held:
             os.close(descriptor)
         self.held.clear()
@@ -92,18 +145,18 @@ def failed(sequence: int, error: XenvmError, domain: Domain) -> Failed:
     return Failed(sequence, Fault(int(error.code) or 1, error.message[:4000], error.hint[:1000]), domain)
 
 
-def forget(postponed: deque[tuple[Message, list[int]]]) -> None:
+def forget(postponed: list[tuple[Message, list[int]]]) -> None:
     """Drop requests whose supervisor is gone: to the next one their numbers mean something else."""
     while postponed:
-        for descriptor in postponed.popleft()[1]:
+        for descriptor in postponed.pop(0)[1]:
             os.close(descriptor)
 
 
-def allow(times: deque[float], per_minute: int) -> bool:
+def allow(times: list[float], per_minute: int) -> bool:
     """Tell whether the last minute had fewer than `per_minute` events, and count one more then."""
     now = time.monotonic()
     while times and times[0] < now - 60:
-        times.popleft()
+        times.pop(0)
     if len(times) >= per_minute:
         return False
     times.append(now)

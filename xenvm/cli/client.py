@@ -16,11 +16,11 @@ answered, as the class of its exit code.
 from __future__ import annotations
 
 import _socket  # `socket` would load selectors and build enums: a tenth of the start time of xenvm-cmd
-import json
 import os
 import struct
 import time
 
+from xenvm import jsontext
 from xenvm.errors import (
     BusyError,
     ConfigError,
@@ -213,9 +213,8 @@ class Monitor:
     def send(self, method: str, params: Mapping[str, str]) -> None:
         """Send one request; for callers that watch several monitors, everyone else uses `call`."""
         self._last_id += 1
-        body = json.dumps(
-            {"jsonrpc": "2.0", "method": method, "params": dict(params), "id": self._last_id, "xenvm": 1},
-            separators=(",", ":"),
+        body = jsontext.dumps(
+            {"jsonrpc": "2.0", "method": method, "params": dict(params), "id": self._last_id, "xenvm": 1}
         ).encode("ascii")
         if len(body) > REQUEST_LIMIT:
             raise UsageError(f"{method}: the request takes {len(body)} bytes, at most {REQUEST_LIMIT} are allowed")
@@ -380,16 +379,12 @@ def own_timeout_s(method: str, params: Mapping[str, str]) -> float:
 
 def _decode(untrusted_frame: bytes) -> dict[str, object]:
     try:
-        message = json.loads(untrusted_frame.decode("utf-8"), parse_constant=_refuse_constant)
+        message = jsontext.loads(untrusted_frame.decode("utf-8"))
     except (ValueError, RecursionError):
         raise ProtocolError("what is not JSON") from None
     if not isinstance(message, dict) or message.get("jsonrpc") != "2.0" or not _is_shallow(message, DEPTH_LIMIT):
         raise ProtocolError("what is not a JSON-RPC 2.0 message")
     return message
-
-
-def _refuse_constant(constant: str) -> object:
-    raise ValueError(constant)
 
 
 def _is_shallow(value: object, depth: int) -> bool:

@@ -28,7 +28,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-USAGE = "xenvm-cmd [--json] [--reply-timeout S] UUID|NAME|PREFIX COMMAND [key=value ...]"
+USAGE = "xenvm-cmd [--json] [--reply-timeout S] UUID|NAME|PREFIX COMMAND [key=value ...] | -"
+BATCH = "-"
 ASK_S = 2.0
 """How long `list`, and a search by name, wait for the monitors."""
 ASK_AT_ONCE = 200
@@ -55,7 +56,7 @@ def parse(arguments: Sequence[str]) -> Line:
     log = options_ended = False
     while rest:
         word = rest.pop(0)
-        if options_ended or not word.startswith("-"):
+        if options_ended or not word.startswith("-") or word == BATCH:
             words.append(word)
         elif word == "--":
             options_ended = True
@@ -274,6 +275,10 @@ def _console(monitor: Monitor, line: Line) -> ExitCode:
 
 
 def _call(monitor: Monitor, line: Line) -> ExitCode:
+    if line.command in ("disk-add", "cd-insert"):
+        from xenvm.cli import handover  # noqa: PLC0415 - most commands do without
+
+        line.params, monitor.handed = handover.opened(line.command, line.params)
     reply, code = monitor.call(line.command, **line.params), ExitCode.DONE
     if line.command in ("status", "get-status"):
         running = _members(reply).get("running")
@@ -302,12 +307,22 @@ def run(line: Line) -> ExitCode:
     if not line.target:
         return _list(line) if line.command == "list" else _help(line)
     with Monitor.connect(find(line.target), reply_timeout_s=line.reply_timeout_s) as monitor:
-        if line.command in ("disk-add", "cd-insert"):
-            from xenvm.cli import handover  # noqa: PLC0415 - most commands do without
+        if line.command == BATCH:
+            from xenvm.cli import batch  # noqa: PLC0415 - most commands do without
 
-            line.params, monitor.handed = handover.opened(line.command, line.params)
+            return batch.run(lambda words: _one_of_many(monitor, line, words))
         special = {"events": _events, "console": _console, "console-log": _console}
         return special.get(line.command, _call)(monitor, line)
+
+
+def _one_of_many(monitor: Monitor, batch: Line, words: list[str]) -> ExitCode:
+    """Do one command of a batch, which has the options of the whole."""
+    line = Line()
+    line.as_json, line.command = batch.as_json, words[0]
+    if line.command in ("events", "console", "console-log", "help", "list", BATCH) or line.command.startswith("-"):
+        raise UsageError(f"{line.command}: not in a batch", hint="call xenvm-cmd for it alone")
+    line.params = _params(line.command, words[1:])
+    return _call(monitor, line)
 
 
 def _occupy_standard_descriptors() -> None:

@@ -6,10 +6,10 @@ Texts come from monitors, which may be taken over: characters that steer a termi
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 
+from xenvm import jsontext
 from xenvm.errors import XenvmError
 
 TYPE_CHECKING = False
@@ -48,7 +48,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def json_line(value: object) -> str:
     """Return the value as one line of JSON in printable ASCII."""
-    return json.dumps(value, ensure_ascii=True).replace("\x7f", "\\u007f") + "\n"
+    return jsontext.dumps_spaced(value).replace("\x7f", "\\u007f") + "\n"
 
 
 def out(text: str) -> bool:

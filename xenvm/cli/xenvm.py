@@ -6,10 +6,10 @@ Run by root it only opens the config file and starts the broker; a process witho
 
 from __future__ import annotations
 
+import _signal as signal  # `signal` itself builds enumerations at each start
+import _socket as socket  # `socket` itself builds enumerations at each start
 import contextlib
 import os
-import signal
-import socket
 import sys
 
 from xenvm.boundary.place import OPTION, Place
@@ -95,9 +95,11 @@ def _start(path: str, config: int, place: Place, *, foreground: bool) -> int:
         argv = command("broker", path, directory, "foreground", notify, *place.words)
         os.execve(argv[0], argv, {})  # noqa: S606 - a fixed list, no shell
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
+    try:
         inherited = {0: os.open("/dev/null", os.O_RDWR), 1: 2, 2: 2, STATUS: theirs.fileno(), CONFIG: config}
         spawn("broker", inherited, path, directory, "background", "", *place.words, new_session=True)
+    finally:
+        theirs.close()
     # Below the spawn, so that the broker starts while this process imports.
     from xenvm.boundary.frames import Channel  # noqa: PLC0415
     from xenvm.boundary.messages import Outcome  # noqa: PLC0415
@@ -122,13 +124,15 @@ def _start(path: str, config: int, place: Place, *, foreground: bool) -> int:
 def _check(path: str, config: int) -> int:
     """Have the file parsed as for a start, and look whether the files it names can be opened."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
+    try:
         try:
             policy = os.open(HOST_POLICY_FILE, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             policy = os.memfd_create("policy", os.MFD_CLOEXEC)
         inherited = {0: config, 1: 2, 2: 2, STATUS: theirs.fileno(), CONFIG: config, HOST_POLICY: policy}
         pid = spawn("parser", inherited, path)
+    finally:
+        theirs.close()
     from xenvm.boundary import messages  # noqa: PLC0415
     from xenvm.boundary.frames import Channel  # noqa: PLC0415 - while the parser starts
 

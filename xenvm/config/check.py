@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Rules that need more than one line: guest type, what is missing, what is given twice, what contradicts itself."""
 
-from collections.abc import Callable, Hashable, Iterator
-from typing import Final
+from __future__ import annotations
 
 from xenvm.config.devices import MAX_DISKS, MAX_NIC_ID, UNNUMBERED
 from xenvm.config.issue import Issue
@@ -24,6 +23,11 @@ from xenvm.model import (
     disk_slot,
 )
 from xenvm.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterator
+    from typing import Final
 
 
 class Entry(Record):

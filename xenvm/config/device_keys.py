@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Rows of the table of keys: disks, network cards, PCI functions, serial port, display."""
 
-from typing import Final
+from __future__ import annotations
 
 from xenvm.config import devices
 from xenvm.config.key import SWITCH, Group, Guests, Key
 from xenvm.config.scalars import boolean
 from xenvm.model import DisplayKind, DisplaySpec, SerialKind, SerialSpec
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
 
 DEVICE_KEYS: Final = (
     Key(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """From the text of one value to a device: disk, nic, pci, serial, display. Each raises ValueRefusedError."""
 
+from __future__ import annotations
+
 import re
-from collections.abc import Iterable, Iterator
-from typing import Final
 
 from xenvm.config.issue import ValueRefusedError, quoted, suggestion
 from xenvm.config.scalars import boolean, in_range, keymap, path, to_int
@@ -20,6 +20,12 @@ from xenvm.model import (
     SerialSpec,
     virtual_device_number,
 )
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from typing import Final
+
 
 UNNUMBERED: Final = -1
 """The id of a card that gets its number once the whole file is read; no Config holds it."""

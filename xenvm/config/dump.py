@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """From a Config back to text: the canonical file, and the canonical value of each key."""
 
-from collections.abc import Iterable
-from functools import singledispatch
-from types import NoneType
-from typing import Final
+from __future__ import annotations
 
 from xenvm.config.key import REQUIRED, Key
 from xenvm.config.keys import KEYS
-from xenvm.config.schema import Config
 from xenvm.model import (
     AffinitySpec,
     BiosString,
@@ -22,6 +18,14 @@ from xenvm.model import (
     SerialKind,
     SerialSpec,
 )
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any, Final
+
+    from xenvm.config.schema import Config
+
 
 _ALWAYS: Final = ("hvm",)  # a reader should not have to know which guest type is the default
 
@@ -54,29 +58,43 @@ def _texts(key: Key, value: object) -> list[str]:
     return [value_text(value)]
 
 
-@singledispatch
+_WRITERS: Final[dict[type, Callable[[Any], str]]] = {}
+
+
+def _writes(*kinds: type) -> Callable[[Callable[[Any], str]], Callable[[Any], str]]:
+    """Make a function the writer of these types (functools.singledispatch would load five modules at each start)."""
+
+    def register(writer: Callable[[Any], str]) -> Callable[[Any], str]:
+        _WRITERS.update(dict.fromkeys(kinds, writer))
+        return writer
+
+    return register
+
+
 def value_text(value: object) -> str:
     """Return a value as a config file has it."""
+    for kind in type(value).__mro__:
+        if kind in _WRITERS:
+            return _WRITERS[kind](value)
     raise TypeError(f"no text for a {type(value).__name__}")
 
 
-@value_text.register(NoneType)
+@_writes(type(None))
 def _(_value: None) -> str:
     return ""
 
 
-@value_text.register
+@_writes(bool)
 def _(value: bool) -> str:
     return "true" if value else "false"
 
 
-@value_text.register(int)
-@value_text.register(str)
+@_writes(int, str)
 def _(value: int | str) -> str:
     return str(value)
 
 
-@value_text.register(tuple)
+@_writes(tuple)
 def _(value: tuple[object, ...]) -> str:
     # numbers are a comma list; a startup word and its file are parted by a blank
     mark = " " if value and isinstance(value[0], str) else ","
@@ -88,7 +106,7 @@ def _options(pairs: Iterable[tuple[str, object]]) -> list[str]:
     return [f"{key}={int(value) if isinstance(value, bool) else value}" for key, value in pairs if value is not None]
 
 
-@value_text.register
+@_writes(DiskSpec)
 def _(disk: DiskSpec) -> str:
     parts = [disk.path, disk.type, disk.virtpath, "r" if disk.read_only else "w", "cdrom" if disk.cdrom else "disk"]
     if disk.crypt:
@@ -100,12 +118,12 @@ def _(disk: DiskSpec) -> str:
     return ":".join(parts)
 
 
-@value_text.register
+@_writes(NicSpec)
 def _(nic: NicSpec) -> str:
     return ",".join(_options([("id", nic.id), ("bridge", nic.bridge), ("mac", nic.mac), ("model", nic.model)]))
 
 
-@value_text.register
+@_writes(PciSpec)
 def _(pci: PciSpec) -> str:
     options = _options(
         [
@@ -118,7 +136,7 @@ def _(pci: PciSpec) -> str:
     return ",".join([str(pci.group), *(["bind"] if pci.bind else []), str(pci.address), *options])
 
 
-@value_text.register
+@_writes(SerialSpec)
 def _(serial: SerialSpec) -> str:
     if serial.kind is SerialKind.DEVICE:
         return serial.path or ""
@@ -127,30 +145,29 @@ def _(serial: SerialSpec) -> str:
     return serial.kind
 
 
-@value_text.register
+@_writes(DisplaySpec)
 def _(display: DisplaySpec) -> str:
     options = _options([("port", display.vnc_port), ("keymap", display.keymap)])
     return display.kind + (":" + ",".join(options) if options else "")
 
 
-@value_text.register
+@_writes(CpuidSpec)
 def _(cpuid: CpuidSpec) -> str:
     leaf = f"{cpuid.leaf:#x}" + (f"+{cpuid.subleaf:#x}" if cpuid.subleaf is not None else "")
     masks = _options([("eax", cpuid.eax), ("ebx", cpuid.ebx), ("ecx", cpuid.ecx), ("edx", cpuid.edx)])
     return f"{leaf}:{','.join(masks)}"
 
 
-@value_text.register
+@_writes(AffinitySpec)
 def _(affinity: AffinitySpec) -> str:
     return f"{affinity.vcpu}:{','.join(str(cpu) for cpu in affinity.cpus)}"
 
 
-@value_text.register(PlatformSpec)
-@value_text.register(BiosString)
+@_writes(PlatformSpec, BiosString)
 def _(pair: PlatformSpec | BiosString) -> str:
     return f"{pair.key}={pair.value}"
 
 
-@value_text.register
+@_writes(ExtraArgument)
 def _(argument: ExtraArgument) -> str:
     return argument.key if argument.value is None else f"{argument.key}={argument.value}"

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Rows of the table of keys: identity and life cycle, kernel, memory and processors."""
 
-from typing import Final
+from __future__ import annotations
 
 from xenvm.config import scalars, tuning
 from xenvm.config.key import PATH, REQUIRED, SWITCH, Group, Guests, Key
 from xenvm.config.scalars import boolean, integer
 from xenvm.model import Action, StartupKind
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
 
 _ACTION: Final = "destroy, preserve or reboot (also: restart)"
 _MAX_MEMORY_MIB: Final = 16 * 1024 * 1024  # 16 TiB, the limit Xen's SUPPORT.md states for one guest on x86

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What can be said against a config file, and how it is shown."""
 
-from collections.abc import Iterable
-from typing import Final
+from __future__ import annotations
 
 from xenvm.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Final
+
 
 _SHOWN_LENGTH: Final = 160
 _QUOTED_LENGTH: Final = 64

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a row of the table of keys holds; the rows are in guest_keys, device_keys and machine_keys."""
 
-from enum import StrEnum
-from typing import Final
+from __future__ import annotations
 
-from xenvm.config.scalars import Parser
+from xenvm.choice import StrChoice
 from xenvm.record import Record
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
-class Guests(StrEnum):
+    from xenvm.config.scalars import Parser
+
+
+class Guests(StrChoice):
     """The guest types a key may be given for."""
 
     ANY = "any"
@@ -20,7 +25,7 @@ class Guests(StrEnum):
         return self is Guests.ANY or (self is Guests.HVM) == hvm
 
 
-class Group(StrEnum):
+class Group(StrChoice):
     """The chapters of the reference page."""
 
     LIFE = "Identity and life cycle"

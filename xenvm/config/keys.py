@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The one table of keys: parser, defaults, checks, canonical text and the reference page all read it."""
 
-from collections.abc import Mapping
-from typing import Final
+from __future__ import annotations
 
 from xenvm.config.device_keys import DEVICE_KEYS
 from xenvm.config.guest_keys import BUILD_KEYS, LIFE_KEYS
 from xenvm.config.key import REQUIRED, Group, Guests, Key
 from xenvm.config.machine_keys import MACHINE_KEYS
 from xenvm.config.refused import REFUSED, RefusedKey
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Final
+
 
 __all__ = ["KEYS", "REFUSED", "REQUIRED", "Group", "Guests", "Key", "RefusedKey", "find", "refused", "spellings"]
 

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Rows of the table of keys: the virtual machine that an HVM guest finds."""
 
-from typing import Final
+from __future__ import annotations
 
 from xenvm.config import scalars, tuning
 from xenvm.config.key import MAX_INT, SWITCH, Group, Guests, Key
 from xenvm.config.scalars import boolean, integer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
 
 MACHINE_KEYS: Final = (
     Key(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """From the text of a config file to a Config, or to every error in it at once; nothing is dropped without a word."""
 
-from collections.abc import Mapping
+from __future__ import annotations
+
 from types import MappingProxyType
-from typing import Any, Final
 
 from xenvm.config.check import Draft, Entry, check
 from xenvm.config.issue import Issue, ValueRefusedError, format_issue, quoted, suggestion
@@ -12,6 +12,12 @@ from xenvm.config.keys import KEYS, find, refused, spellings
 from xenvm.config.schema import Config
 from xenvm.errors import ConfigError
 from xenvm.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any, Final
+
 
 __all__ = ["MAX_FILE_BYTES", "Issue", "ParseResult", "format_issue", "parse_bytes", "parse_text"]
 

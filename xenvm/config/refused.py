@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Keys that earlier xenvm knew and this one refuses, each with the reason and, where there is one, the way out."""
 
-from typing import Final
+from __future__ import annotations
 
 from xenvm.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
 
 
 class RefusedKey(Record):

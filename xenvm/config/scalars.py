@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """From the text of one value to a plain value: numbers, switches, words, paths. Each raises ValueRefusedError."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable
-from enum import StrEnum
-from typing import Final
 
 from xenvm.config.issue import ValueRefusedError, quoted, suggestion
 from xenvm.model import Action, StartupKind, Uuid, parse_uuid
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
+    from xenvm.choice import StrChoice
+
 
 Parser = Callable[[str], object]
 """Turns the text of a value into the value, or raises ValueRefusedError."""
@@ -70,7 +77,7 @@ def boolean(text: str) -> bool:
     raise ValueRefusedError(f"{quoted(text)} is neither true nor false", suggestion(word, ("true", "false", "yes")))
 
 
-def choice(text: str, choices: dict[str, StrEnum]) -> StrEnum:
+def choice(text: str, choices: dict[str, StrChoice]) -> StrChoice:
     """Return the member that `text` names."""
     if text not in choices:
         listed = ", ".join(f"`{word}`" for word in choices)

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """From the text of one value to a setting of the machine: cpuid, affinity, platform, bios strings, arguments."""
 
+from __future__ import annotations
+
 import re
-from typing import Final
 
 from xenvm.config.issue import ValueRefusedError, quoted, suggestion
 from xenvm.config.scalars import in_range, to_int
 from xenvm.model import AffinitySpec, BiosString, CpuidSpec, ExtraArgument, PlatformSpec
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
 
 MAX_VCPUS: Final = 512
 """Our bound for any guest; a PV guest may have more in Xen, no host has the processors for it."""

@@ -13,7 +13,8 @@ from __future__ import annotations
 import os
 import time
 
-from xenvm.boundary.devices import PRINTABLE, SERVER, DeviceState, Kind, Vbd, Vif
+from xenvm import forms
+from xenvm.boundary.devices import DeviceState, Kind, Vbd, Vif, is_server
 from xenvm.boundary.place import HERE
 from xenvm.errors import BusyError, ExitCode, TimeoutExpiredError, XenvmError
 from xenvm.helpers.store import remove_all
@@ -275,9 +276,9 @@ def _look(store: Store, uuid: str, domid: int, place: Place) -> DeviceState:
         backend=_state(store.read(f"{backend_path(kind, domid, device)}/state")),
         frontend=_state(store.read(f"{frontend_path(kind, domid, device)}/state")),
         read_only=word("mode") == "r",
-        detail=text if PRINTABLE.fullmatch(text) else "",
+        detail=text if forms.printable(text) else "",
         bridge=word("bridge"),
-        server=server if SERVER.fullmatch(server) else "",
+        server=server if is_server(server) else "",
     )
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The one way a confined process begins: it has opened what it needs, now it becomes its row of the table."""
 
-import json
 import os
 import pwd
 
+from xenvm import jsontext
 from xenvm.boundary.confine import confine
 from xenvm.boundary.frames import Channel
 from xenvm.boundary.messages import Hello
@@ -28,7 +28,7 @@ def drop(role: Role, keep: frozenset[int]) -> Hello:
             raise XenvmError(f"the user {row.user} does not exist", hint="run scripts/install-host as root") from None
         uid, gid = entry.pw_uid, entry.pw_gid
     proof = confine(row, uid=uid, gid=gid, keep=keep | frozenset(row.descriptors))
-    return Hello(role.value, os.getpid(), json.dumps(proof.as_dict(), separators=(",", ":")))
+    return Hello(role.value, os.getpid(), jsontext.dumps(proof.as_dict()))
 
 
 def broker_channel() -> Channel:

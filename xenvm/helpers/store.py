@@ -19,7 +19,7 @@ from xenvm.helpers.xenstored import StoreError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
+    import _socket as socket
     from collections.abc import Callable, Iterable
     from typing import Any, Final
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import socket
+import _socket as socket  # `socket` itself builds enumerations at each start
 
 from xenvm.boundary.place import HERE
 from xenvm.errors import XenvmError

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
 from xenvm.errors import UsageError
-from xenvm.record import Record
+from xenvm.record import MappingProxyType, Record
 from xenvm.supervisor.states import Event
 
 TYPE_CHECKING = False

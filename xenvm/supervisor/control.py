@@ -7,13 +7,13 @@ gets a bare JSON reply and the end of the connection; one that sends `"xenvm": 1
 
 from __future__ import annotations
 
-import contextlib
-import json
+import _socket as socket  # `socket` itself builds enumerations at each start
 import os
-import socket
 import struct
 import time
 
+from xenvm import jsontext
+from xenvm.context import suppress
 from xenvm.errors import ExitCode, ProtocolError, UsageError, XenvmError
 
 TYPE_CHECKING = False
@@ -171,7 +171,7 @@ class Client:
         self._send({"jsonrpc": "2.0", "method": "event", "params": params})
 
     def _send(self, message: Mapping[str, object], descriptor: int = -1) -> None:
-        body = json.dumps(message, separators=(",", ":")).encode("ascii")
+        body = jsontext.dumps(message).encode("ascii")
         if descriptor >= 0:
             self.flush()
             self._descriptor = descriptor
@@ -181,13 +181,11 @@ class Client:
     def flush(self) -> bool:
         """Send what the peer takes; return False when the connection is of no more use."""
         while self._out:
-            passed = [self._descriptor] if self._descriptor >= 0 else []
+            rights = []
+            if self._descriptor >= 0:
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, INT.pack(self._descriptor))]
             try:
-                sent = (
-                    socket.send_fds(self.socket, [self._out], passed, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-                    if passed
-                    else self.socket.send(self._out, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-                )
+                sent = self.socket.sendmsg([self._out], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 return len(self._out) <= OUTPUT_LIMIT_BYTES
             except OSError:
@@ -219,7 +217,7 @@ def accept(listener: socket.socket, rights: Rights, clients: list[Client]) -> Cl
     A user with too many connections, or one more than the monitor serves, is disconnected at once.
     """
     try:
-        connection, _ = listener.accept()
+        connection = _accepted(listener)
     except OSError:
         return None
     uid, groups = _peer(connection)
@@ -231,11 +229,17 @@ def accept(listener: socket.socket, rights: Rights, clients: list[Client]) -> Cl
     return Client(connection, uid, rights.of(uid, groups))
 
 
+def _accepted(listener: socket.socket) -> socket.socket:
+    """Accept a connection; the one step of socket.accept that is not in the C module is to make an object of it."""
+    descriptor, _ = listener._accept()  # type: ignore[attr-defined]  # noqa: SLF001
+    return socket.socket(fileno=descriptor)
+
+
 def _peer(connection: socket.socket) -> tuple[int, frozenset[int]]:
     """Return uid and groups of the peer as they were when it connected (SO_PEERCRED, SO_PEERGROUPS)."""
     _pid, uid, gid = CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))
     groups = {gid}
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         packed = connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, GROUPS_LIMIT * 4)
         groups.update(struct.unpack(f"={len(packed) // 4}I", packed))
     return uid, frozenset(groups)
@@ -244,7 +248,7 @@ def _peer(connection: socket.socket) -> tuple[int, frozenset[int]]:
 def decode(untrusted_body: bytes) -> tuple[Request, bool]:
     """Return the request in a body and whether its sender is a new client; raise ProtocolError for anything else."""
     try:
-        untrusted = json.loads(untrusted_body.decode("utf-8"))
+        untrusted = jsontext.loads(untrusted_body.decode("utf-8"))
     except (ValueError, RecursionError):
         raise ProtocolError("the request is not JSON") from None
     if not isinstance(untrusted, dict) or untrusted.get("jsonrpc") != "2.0":

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
-from xenvm.boundary.devices import BRIDGE, MAC, NICS_LIMIT, DeviceState, DiskGrant, Kind, NicGrant
+from xenvm.boundary.devices import NICS_LIMIT, DeviceState, DiskGrant, Kind, NicGrant, is_bridge, is_mac
 from xenvm.boundary.messages import Ask, Done, Init, Op, Plug, Rebridge, Unplug
 from xenvm.errors import ExitCode, ProtocolError, UsageError, WrongStateError, XenvmError
 from xenvm.model import Uuid, derived_mac, virtual_device_number
+from xenvm.record import MappingProxyType
 from xenvm.supervisor.commands import boolean, seconds
 
 TYPE_CHECKING = False
@@ -138,7 +137,7 @@ def nic_add(sequence: int, params: Params, uuid: str, taken: Iterable[int]) -> P
     if number < 0:
         raise WrongStateError(f"nic-add: the guest has {NICS_LIMIT} network cards already")
     mac = params.get("mac", "").lower() or derived_mac(number, None, Uuid(uuid))
-    if not MAC.fullmatch(mac):
+    if not is_mac(mac):
         raise UsageError(f"mac: {mac[:32]!a} is no address", hint="six pairs of hexadecimal digits: 00:16:3e:..")
     return Plug(sequence, (), (NicGrant(number, bridge(params), mac),))
 
@@ -178,7 +177,7 @@ def nic_id(command: str, params: Params) -> int:
 def bridge(params: Params) -> str:
     """Return the bridge asked for, "" for the host's default."""
     name = params.get("bridge", "")
-    if not BRIDGE.fullmatch(name):
+    if not is_bridge(name):
         raise UsageError(f"bridge: {name[:32]!a} is no name of an interface")
     return name
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections import deque
 
 from xenvm.boundary.messages import (
     Ask,
@@ -42,7 +41,7 @@ from xenvm.supervisor.states import ALIVE, ENDED, STABLE, Event, State
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
+    import _socket as socket
     from collections.abc import Callable
     from typing import Final
 
@@ -73,8 +72,8 @@ class Supervisor:
         self._starting = init.first
         first_op = {"started": Op.START, "paused": Op.START_PAUSED}.get(init.policy.startup, Op.FIND)
         self._asked: tuple[int, Op] | None = (0, first_op if init.first else Op.FIND)
-        self._queue: deque[Op] = deque()
-        self._later: deque[tuple[Client, Request]] = deque()
+        self._queue: list[Op] = []
+        self._later: list[tuple[Client, Request]] = []
         self._sequence = 0
         self._look_due = 0.0
         self._looked = 0.0
@@ -196,9 +195,9 @@ class Supervisor:
     def _go_on(self) -> None:
         """Take what has waited until the broker was free: requests of our own first, then commands."""
         if self._queue and not self._asked:
-            self._ask(self._queue.popleft())
+            self._ask(self._queue.pop(0))
         while self._later and not self._asked:
-            client, request = self._later.popleft()
+            client, request = self._later.pop(0)
             if client.fileno() >= 0:
                 self._try(client, request)
                 self._serve(client)

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
 from xenvm.boundary.messages import Domain, DomainState, Fault, Op, Policy
 from xenvm.errors import ExitCode, WrongStateError
-from xenvm.record import Record
+from xenvm.record import MappingProxyType, Record
 from xenvm.supervisor.states import ALIVE, COMMANDS, ENDED, Event, State
 
 TYPE_CHECKING = False

@@ -5,7 +5,7 @@ Descriptor 3 is the broker, 4 the listening command socket, 5 the watcher. It co
 broker whom it serves after that.
 """
 
-import socket
+import _socket as socket  # `socket` itself builds enumerations at each start
 
 from xenvm.boundary.frames import Channel
 from xenvm.boundary.messages import Init

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from xenvm.choice import StrChoice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
 
-class State(StrEnum):
+class State(StrChoice):
     """What `status` says; the words of the original, and `crashed`."""
 
     CREATING = "creating-domain"
@@ -24,7 +24,7 @@ class State(StrEnum):
     CRASHED = "crashed"
 
 
-class Event(StrEnum):
+class Event(StrChoice):
     """What can happen to a VM: commands, outcomes of what the broker was asked for, and what was seen of the guest."""
 
     # commands

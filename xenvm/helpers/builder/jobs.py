@@ -7,15 +7,14 @@ that uuid. A domain with our uuid but without our xenstore record was made by an
 
 from __future__ import annotations
 
-import re
 import time
-from types import MappingProxyType
 
 from xenvm.boundary.messages import NO_DOMAIN, Domain, DomainState, Done, Grants, Job, Op, Phase
 from xenvm.errors import BusyError, ExitCode, TimeoutExpiredError, WrongStateError, XenvmError
 from xenvm.helpers import devices
 from xenvm.helpers.builder import tree
 from xenvm.helpers.builder.hypervisor import SHUTDOWN_SUSPEND, Channels
+from xenvm.record import MappingProxyType
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ GRANULE_KIB: Final = 2048
 SCRUB_WAIT_S: Final = 30.0
 DESTROY_WAIT_S: Final = 60.0
 CONSOLE_WAIT_S: Final = 10.0
-TTY: Final = re.compile(rb"/dev/pts/[0-9]{1,6}")
+TERMINALS: Final = b"/dev/pts/"
 SHUTDOWN_WORDS: Final = MappingProxyType({Op.ASK_POWEROFF: "poweroff", Op.ASK_REBOOT: "reboot"})
 
 
@@ -272,7 +271,8 @@ class Builder:
                     hint="is xenconsoled running?",
                 )
             time.sleep(0.05)
-        if not TTY.fullmatch(untrusted_tty):
+        number = untrusted_tty.removeprefix(TERMINALS)
+        if not untrusted_tty.startswith(TERMINALS) or not number.isdigit() or len(number) > 6:
             raise XenvmError("console: the node tty is not a terminal", code=ExitCode.FAILED)
         return untrusted_tty.decode("ascii")
 

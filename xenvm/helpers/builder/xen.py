@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The hypervisor, as far as a builder needs it: libxenctrl calls with their failures turned into errors.
 
-The only module that touches `xenvm._xen`. A Hypervisor is opened while the process is still root; the descriptors of
+The only module that imports `xenvm._xen`. A Hypervisor is opened while the process is still root; the descriptors of
 /dev/xen/privcmd and /dev/xen/hypercall that it then holds are total power over the host, so nothing here parses what
 a guest wrote.
 """
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from typing import Any, Final
 
 try:
-    from xenvm._xen import ffi, lib
+    from xenvm._xen import ffi as ffi  # noqa: PLC0414 - also for `pv`: where it is missing there is one error
+    from xenvm._xen import lib as lib  # noqa: PLC0414
 except ImportError as error:  # a machine without Xen, or libraries of another Xen release
     raise XenvmError(
         f"this xenvm was installed without support for the Xen of this host: {error}",

@@ -8,9 +8,9 @@
 
 from __future__ import annotations
 
+import _socket as socket  # `socket` itself builds enumerations at each start
 import fcntl
 import os
-import socket
 import stat
 
 from xenvm.boundary.messages import NO_DOMAIN, Failed, Fault

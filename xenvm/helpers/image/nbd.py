@@ -6,8 +6,8 @@ Numbers and layouts: doc/proto.md of the NetworkBlockDevice project, "Newstyle n
 
 from __future__ import annotations
 
+import _socket as socket  # `socket` itself builds enumerations at each start
 import select
-import socket
 import struct
 import time
 

@@ -10,16 +10,17 @@ It inherits everything that confines this process except the parent-death signal
 
 from __future__ import annotations
 
+import _signal as signal  # `signal` itself builds enumerations at each start
+import _socket as socket  # `socket` itself builds enumerations at each start
 import fcntl
 import os
 import select
-import signal
-import socket
 import stat
 import struct
 import time
 
 from xenvm.boundary.confine import direct_open_listener
+from xenvm.boundary.spawn import signal_name
 from xenvm.errors import TimeoutExpiredError, XenvmError
 from xenvm.helpers.image import nbd
 
@@ -158,7 +159,7 @@ class Server:
             return "is about to end"
         if ended.si_code == os.CLD_EXITED:
             return f"ended with status {ended.si_status}"
-        return f"died of {signal.Signals(ended.si_status).name}"
+        return f"died of {signal_name(ended.si_status)}"
 
     def _last_words(self) -> str:
         """Return what it wrote to its standard error, made fit to show: the part behind the echoed option."""

@@ -6,9 +6,9 @@ Numbers: linux/netlink.h, linux/rtnetlink.h, linux/if_link.h.
 
 from __future__ import annotations
 
+import _socket as socket  # `socket` itself builds enumerations at each start
 import errno
 import os
-import socket
 import struct
 
 from xenvm.record import Record

@@ -7,9 +7,9 @@ machine's own byte order.
 
 from __future__ import annotations
 
+import _socket as socket  # `socket` itself builds enumerations at each start
 import fcntl
 import os
-import socket
 import struct
 import time
 

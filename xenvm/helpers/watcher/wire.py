@@ -8,13 +8,13 @@ must not have the words for more. Layout and numbers: xen/io/xs_wire.h (struct x
 from __future__ import annotations
 
 import struct
-from enum import IntEnum
 
+from xenvm.choice import IntChoice
 from xenvm.errors import ProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
+    import _socket as socket
     from collections.abc import Iterator
     from typing import Final
 
@@ -23,7 +23,7 @@ PAYLOAD_LIMIT_BYTES: Final = 4096  # XENSTORE_PAYLOAD_MAX
 NAME_LIMIT_BYTES: Final = 256
 
 
-class Request(IntEnum):
+class Request(IntChoice):
     """The requests this connection can make."""
 
     WATCH = 4

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The unpacker process: decompresses one kernel image, or syncs and sums one that is unpacked. It knows nothing of Xen.
+
+1. become user xenvm-unpack, without capabilities, files, sockets or new programs;
+2. read one Unpack or Sum with its descriptors, do it, answer, exit.
+
+Started as `_start.py unpacker UUID unpack|sum`, the last word being what it will be asked for.
+"""
+
+import os
+import sys
+
+from xenvm.boundary.messages import NO_DOMAIN, Failed, Fault
+from xenvm.boundary.privileges import Role
+from xenvm.boundary.workers import Sum, Summed, Unpack, Unpacked
+from xenvm.errors import ExitCode, ProtocolError, XenvmError
+from xenvm.helpers import serve
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from xenvm.boundary.checks import Message
+
+REQUEST_WAIT_S = 60.0
+PIECE_BYTES = 1 << 20
+
+
+def main() -> int:
+    """Run one unpacker; return its exit status."""
+    channel = serve.broker_channel()
+    try:
+        # Each loads what only it needs; once confined, a process can load nothing more.
+        if sys.argv[3:] == ["sum"]:
+            import hashlib  # noqa: PLC0415
+        else:
+            from xenvm.helpers.unpacker import formats  # noqa: PLC0415
+
+            formats.prepare()
+        channel.send(serve.drop(Role.UNPACKER, frozenset()))
+        received = channel.receive(deadline_s=REQUEST_WAIT_S)
+        if received is None:
+            return 0
+        message, descriptors = received
+        if isinstance(message, Unpack) and len(descriptors) == 2:
+            answer: Message = Unpacked(formats.unpack(*descriptors))
+        elif isinstance(message, Sum) and len(descriptors) == 1:
+            os.fsync(descriptors[0])
+            digest = hashlib.sha256()
+            while piece := os.read(descriptors[0], PIECE_BYTES):
+                digest.update(piece)
+            answer = Summed(digest.hexdigest())
+        else:
+            raise ProtocolError("an unpacker unpacks or sums a file")
+        channel.send(answer)
+    except XenvmError as error:
+        channel.send(Failed(0, Fault(int(error.code), error.message[:4000], error.hint[:1000]), NO_DOMAIN))
+        return int(ExitCode.FAILED)
+    return 0
