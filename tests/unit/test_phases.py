@@ -29,7 +29,7 @@ from xenvm.boundary.messages import (
     Unplug,
 )
 from xenvm.boundary.privileges import TABLE, Role
-from xenvm.broker import core
+from xenvm.broker import core, spares
 from xenvm.broker.core import RESTARTS_PER_MINUTE
 from xenvm.broker.phases import ON_DEVICES, PERMITS, REBUILDING, WITH_ARGUMENTS, VmPhase
 from xenvm.errors import ExitCode, XenvmError
@@ -242,7 +242,7 @@ def test_a_builder_that_failed_at_its_start_has_said_why(bench):
     spare = FakeChild(Role.BUILDER, 2, {}, "-")
     spare.there.send(Failed(0, Fault(1, "no Xen here", ""), NO_DOMAIN))
     spare.there.close()
-    bench.broker._spares = {Role.BUILDER: spare}
+    bench.broker._spares[Role.BUILDER] = spare
     bench.ask(Op.FIND, 3)
     bench.turn()
     assert bench.refused() == "no Xen here"
@@ -271,8 +271,8 @@ def test_a_builder_made_ready_after_a_command_serves_the_next_one_or_ends(bench,
     assert (bench.builder, bench.broker._spares) == (first, {})
     bench.answer(Done(0, RUNNING, ""))
     second = bench.broker._spares[Role.BUILDER]
-    assert bench.broker._timeout_ms() == core.SPARE_S * 1000
-    now[0] += core.SPARE_S
+    assert bench.broker._timeout_ms() == spares.SPARE_S * 1000
+    now[0] += spares.SPARE_S
     os.write(bench.signals, bytes([signal.SIGHUP]))  # the end of the wait
     bench.turn()
     assert second.killed

@@ -40,6 +40,7 @@ from xenvm.broker.book import Book
 from xenvm.broker.children import Child
 from xenvm.broker.phases import ON_DEVICES, PERMITS, REBUILDING, START_DEADLINE_S, WITH_ARGUMENTS, VmPhase
 from xenvm.broker.plugging import Plugging, Wanted
+from xenvm.broker.spares import Spares
 from xenvm.broker.uevents import Uevents
 from xenvm.broker.work import POSTPONED_LIMIT, Change, Work, allow, ask_once, failed, forget
 from xenvm.context import suppress
@@ -60,9 +61,9 @@ if TYPE_CHECKING:
 
 RESTARTS_PER_MINUTE: Final = 5
 WATCHER_PAUSE_S: Final = 1.0  # before it is started again, and twice as long each time: xenstored may be starting too
-SPARE_S: Final = 60.0  # how long a helper made ready after a command waits for the next one: they come in bursts
 LISTENER_THERE, WATCHER_THERE, SUPERVISOR_THERE = 4, 5, 4
 LOOKED_UP: Final = frozenset({Op.FIND, Op.START, Op.START_PAUSED, Op.SETTLE})  # after these every device is known
+SELDOM_FOLLOWED: Final = frozenset({Op.FIND, Op.DESTROY, Op.SETTLE})  # no helper is made ready after these
 STARTUP_OPS: Final = {"started": Op.START, "paused": Op.START_PAUSED, "shutdown": Op.FIND}
 
 
@@ -90,8 +91,8 @@ class Broker:
         self._config_file = config_file
         self._listener, self._log, self._acts = listener, log, acts
         self._reload, self._started = reload_config, started
-        self._spares = {Role.BUILDER: spare} if spare else {}
-        self._spare_until = 0.0  # when unused ones end; 0: not by time
+        self._spares = Spares(log, grants.uuid)
+        self._spares.update({Role.BUILDER: spare} if spare else {})
         self._book = Book(host_policy)
         self._uevents = Uevents(directory)
         self._postponed: list[tuple[Message, list[int]]] = []
@@ -141,7 +142,7 @@ class Broker:
         children = [child for child in (self._supervisor, self._watcher) if child is not None]
         children += self._work.children if self._work else []
         children += self._keeping.children if self._keeping else []
-        children += self._spares.values() if self._spare_until else []  # they greet
+        children += self._spares.greeting
         for child in children:
             poll.register(child.channel.fileno(), select.POLLIN)
             poll.register(child.pidfd, select.POLLIN)
@@ -164,17 +165,14 @@ class Broker:
             self._settle()
         if self._work and time.monotonic() >= self._work.end:
             self._finish()
-        if self._spares and self._spare_until and time.monotonic() >= self._spare_until:
-            for child in self._spares.values():
-                child.end()
-            self._spares.clear()
+        self._spares.expire()
         if self._watcher_due and time.monotonic() >= self._watcher_due:
             self._start_watcher()
 
     def _timeout_ms(self) -> float | None:
         due = [self._work.end] if self._work else []
         due += [self._watcher_due] if self._watcher_due else []
-        due += [self._spare_until] if self._spares and self._spare_until else []
+        due += self._spares.due_s
         return max(0.0, (min(due) - time.monotonic()) * 1000) if due else None
 
     def _signalled(self, numbers: bytes) -> None:
@@ -192,9 +190,9 @@ class Broker:
         if self._supervisor:
             self._supervisor.channel.close()
             self._supervisor.end(grace_ms=2000)
-        for child in (self._watcher, *self._spares.values()):
-            if child:
-                child.end()
+        self._spares.end()
+        if self._watcher:
+            self._watcher.end()
         if self._work:
             self._work.stop()
             self._work.close()
@@ -424,19 +422,12 @@ class Broker:
         change = change or Change()
         images = host.open_images(grants) if op in REBUILDING else []
         self._acts.append("job", op=op.value, domid=self._domid)
-        work = Work(sequence, op, self._helper(op), deadline_s, change)
+        role = Role.HOTPLUG if op in ON_DEVICES else Role.BUILDER
+        work = Work(sequence, op, self._spares.take(role), deadline_s, change)
         work.begin(self._domid, grants, images, self._log)
         self._work = work
-
-    def _helper(self, op: Op) -> Child:
-        """Return the process for a job: the one that waits ready, or a fresh one."""
-        role = Role.HOTPLUG if op in ON_DEVICES else Role.BUILDER
-        child = self._spares.pop(role, None)
-        if child is not None and not child.ended():
-            return child
-        if child is not None:
-            child.end()
-        return Child(role, self._log, {}, self._grants.uuid)
+        if op is Op.QUERY:  # a guest that has rebooted needs the next builder at once
+            self._spares.make_ready(role)
 
     def _created(self, work: Work, created: Created) -> None:
         """Open and bridge what the job needs: the nodes for it are there, the domain before it is not any more."""
@@ -510,11 +501,9 @@ class Broker:
                 self._take_back(work, answer)
             else:
                 self._to_supervisor(answer)
-        if not self._work and work.op not in REBUILDING | {Op.FIND, Op.DESTROY, Op.SETTLE}:
-            role = work.builder.role
-            if role not in self._spares:
-                self._spares[role] = Child(role, self._log, {}, self._grants.uuid)
-            self._spare_until = time.monotonic() + SPARE_S
+        seldom = SELDOM_FOLLOWED | (REBUILDING if isinstance(message, Failed) else set())
+        if not self._work and work.op not in seldom:
+            self._spares.make_ready(work.builder.role)
 
     def _note_devices(self, work: Work, done: Done) -> None:
         """Learn of devices from a job that has succeeded."""

@@ -172,7 +172,13 @@ def expected(host: Host, uuid: str, row: Row, acts: Acts, inherited: int) -> Exp
     `inherited` is the number of seccomp filters that the broker has, to which each child adds one; 0 for the broker.
     """
     uid, gid = host.identity(row.user)
-    tails = {Role.BUILDER: {(uuid,), ("-",)}, Role.BROKER: None, Role.PARSER: None}.get(row.role, {(uuid,)})
+    special: dict[Role, set[tuple[str, ...]] | None] = {
+        Role.BUILDER: {(uuid,), ("-",)},
+        Role.UNPACKER: {(uuid, "unpack"), (uuid, "sum")},
+        Role.BROKER: None,
+        Role.PARSER: None,
+    }
+    tails = special.get(row.role, {(uuid,)})
     confined = [p.landlock_abi for p in acts.proofs.values() if _landlocked(p)]
     own_log = f"{host.logs}/{uuid}.log"
     return Expected(
