@@ -160,8 +160,8 @@ def test_what_dead_workers_left_is_named_and_removed(vm, image):
         name = f"xenvm-{guest.uuid}-{device}"
         assert run("dmsetup", "create", name, "--table", "0 8 zero").returncode == 0
         words = ["/usr/bin/qemu-storage-daemon", "--blockdev", "driver=null-co,node-name=image"]
-        words += ["--export", f'{{"type":"nbd","id":"{name}","node-name":"image","name":""}}']
         words += ["--nbd-server", "addr.type=unix,addr.path=/tmp/xenvm-test-stray"]
+        words += ["--export", f'{{"type":"nbd","id":"{name}","node-name":"image","name":""}}']
         subprocess.Popen(words, user="xenvm-image", stderr=subprocess.DEVNULL)
         until(lambda: servers() == 1, "a stray server")
 
