@@ -47,6 +47,7 @@ IDS = {
     "xenvm-hotplug": (64025, 64026),
     "xenvm-network": (64027, 64028),
     "xenvm-image": (64029, 64030),
+    "xenvm-unpack": (64031, 64032),
 }
 LANDLOCK = {"Landlock"} if lib.xenvm_landlock_abi() else set()
 
@@ -89,7 +90,8 @@ def opened(path, flags=os.O_RDONLY):
 def child(role, argument=uuid):
     extra = {{Role.SUPERVISOR: {{4: listener.fileno(), 5: one.fileno()}}, Role.WATCHER: {{4: other.fileno()}},
              Role.PARSER: {{4: image, 5: image}}}}.get(role, {{}})
-    children.append(Child(role, log, extra, argument))
+    more = ("unpack",) if role is Role.UNPACKER else ()
+    children.append(Child(role, log, extra, argument, *more))
 
 def hear(child):
     greeting = child.channel.receive(deadline_s={WAIT_S})

@@ -99,7 +99,7 @@ def _program(process: Live, expected: Expected) -> Line:
         and (expected.tails is None or tail in expected.tails)
     )
     table = " ".join(expected.command[1:]) + (
-        "" if expected.tails is None else f" {' or '.join(*zip(*expected.tails, strict=True))}"
+        "" if expected.tails is None else f" {' or '.join(' '.join(tail) for tail in sorted(expected.tails))}"
     )
     shown = " ".join(process.arguments[1:])
     if not fits:
