@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _NAME_TEXT = string(64, NAME)
 _SECONDS = number(1, 86400)
-_DIGEST = forms.of(forms.HEX_DIGITS, 64, 64)
+is_digest = forms.of(forms.HEX_DIGITS, 64, 64)
 
 
 class Join(Message):
@@ -122,4 +122,4 @@ class Summed(Message):
 
     digest: str
     KIND: ClassVar = 43
-    CHECKS: ClassVar = {"digest": string(64, _DIGEST)}
+    CHECKS: ClassVar = {"digest": string(64, is_digest)}
