@@ -273,9 +273,11 @@ class Broker:
             child.end(grace_ms=5000)
             self._finish()
         elif work and work.kernel and child is work.kernel.child:
+            self._acts.append("kernel", pid=child.pid, answer=type(message).__name__)
             self._unpacked(work, lambda kernel: kernel.take(message))
         elif self._keeping and child is self._keeping.child:
             self._keeping.kept(message)
+            self._acts.append("kernel kept", pid=child.pid, answer=type(message).__name__)
         elif work and work.plugging and child in work.plugging.children:
             handed, descriptors[:] = [*descriptors], []
             self._plugged(work, lambda plugging: plugging.take(child, message, handed))
