@@ -256,12 +256,13 @@ def test_without_a_cache_the_start_works(place, tmp_path, harm):
     kernel.close()
 
 
-def test_a_full_disk(place, tmp_path):
+@pytest.mark.parametrize("packed", [gzip.compress, lambda data: sized(zstd(data))])
+def test_a_full_disk(place, tmp_path, packed):
     shutil.rmtree(place)
     place.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "full", place], check=True)
     try:
-        kernel, workers = made(write(tmp_path, bz_image(gzip.compress(INNER))))
+        kernel, workers = made(write(tmp_path, bz_image(packed(INNER))))
         assert (content(kernel), workers, kernel.keep()) == (INNER, 2, False)
         kernel.close()
         assert [*place.iterdir()] == []
@@ -279,7 +280,10 @@ def test_the_oldest_entries_go(place, tmp_path):
 
 
 def test_a_worker_that_dies(place, tmp_path):
+    """Once, and it is tried again in memory; twice, and the start fails."""
     kernel = Kernel(os.open(write(tmp_path, bz_image(gzip.compress(INNER))), os.O_RDONLY), UUID, 2)
+    os.kill(kernel.child.pid, 9)
+    turn(kernel, kernel.take)
     os.kill(kernel.child.pid, 9)
     with pytest.raises(XenvmError, match="unpacker worker died of SIGKILL without an answer"):
         turn(kernel, kernel.take)

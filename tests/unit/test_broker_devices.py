@@ -525,3 +525,21 @@ def test_a_job_has_the_time_that_its_worker_may_take():
     assert PERMITS[Op.DESTROY].deadline_s > devices.GONE_WAIT_S
     # the old disc goes within the guest's patience, the new one is opened within as much
     assert PERMITS[Op.PLUG].deadline_s > 2 * devices.BACKEND_WAIT_S + devices.FRONTEND_WAIT_S + devices.GONE_WAIT_S
+
+
+def test_after_a_card_a_network_worker_waits_for_the_next_one(bench):
+    bench.known(RUNNING)
+    ready = None
+    for turn in range(2):
+        bench.send(Plug(9, (), (NIC.but(id=4 + turn, mac=f"00:16:3e:00:00:0{turn}"),)))
+        bench.job()
+        used = bench.broker._work.plugging._network
+        assert ready in (None, used)
+        bench.answer(Created(7, ()))
+        tell(bench, used, Done(0, NO_DOMAIN, ""))
+        bench.answer(Done(0, NO_DOMAIN, "connected"))
+        assert bench.heard().text == "connected"
+        ready = bench.broker._spares[Role.NETWORK]
+        assert used.killed
+        assert not ready.killed
+    assert {*bench.broker._spares} == {Role.HOTPLUG, Role.NETWORK}

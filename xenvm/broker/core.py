@@ -273,9 +273,11 @@ class Broker:
             child.end(grace_ms=5000)
             self._finish()
         elif work and work.kernel and child is work.kernel.child:
+            self._acts.append("kernel", pid=child.pid, answer=type(message).__name__)
             self._unpacked(work, lambda kernel: kernel.take(message))
         elif self._keeping and child is self._keeping.child:
             self._keeping.kept(message)
+            self._acts.append("kernel kept", pid=child.pid, answer=type(message).__name__)
         elif work and work.plugging and child in work.plugging.children:
             handed, descriptors[:] = [*descriptors], []
             self._plugged(work, lambda plugging: plugging.take(child, message, handed))
@@ -424,7 +426,7 @@ class Broker:
         self._acts.append("job", op=op.value, domid=self._domid)
         role = Role.HOTPLUG if op in ON_DEVICES else Role.BUILDER
         work = Work(sequence, op, self._spares.take(role), deadline_s, change)
-        work.begin(self._domid, grants, images, self._log)
+        work.begin(self._domid, grants, images, self._log, self._spares)
         self._work = work
         if op is Op.QUERY:  # a guest that has rebooted needs the next builder at once
             self._spares.make_ready(role)
@@ -504,6 +506,8 @@ class Broker:
         seldom = SELDOM_FOLLOWED | (REBUILDING if isinstance(message, Failed) else set())
         if not self._work and work.op not in seldom:
             self._spares.make_ready(work.builder.role)
+            if work.change.wanted.vifs and work.op in ON_DEVICES:
+                self._spares.make_ready(Role.NETWORK)
 
     def _note_devices(self, work: Work, done: Done) -> None:
         """Learn of devices from a job that has succeeded."""

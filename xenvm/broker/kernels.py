@@ -19,7 +19,7 @@ import os
 import stat
 import time
 
-from xenvm.boundary.messages import Failed
+from xenvm.boundary.messages import NO_DOMAIN, Failed, Fault
 from xenvm.boundary.privileges import Role
 from xenvm.boundary.workers import Sum, Summed, Unpack, Unpacked
 from xenvm.broker.actlog import hexdigest
@@ -146,11 +146,13 @@ class Kernel:
         self._go_on(message)
 
     def gone(self) -> None:
-        """Learn that the worker has ended without an answer."""
-        child, self.child = self.child, None
-        if child:
-            child.end()
-            raise XenvmError(f"kernel: the {child.role} worker {child.how()} without an answer")
+        """Go on without the worker's answer: where the disk is full, it may have died of that."""
+        if self.child:
+            self.child.end()
+            fault = Fault(
+                int(ExitCode.FAILED), f"the {self.child.role} worker {self.child.how()} without an answer", ""
+            )
+            self._go_on(Failed(0, fault, NO_DOMAIN))
 
     def keep(self) -> bool:
         """After the start: begin to put the unpacked kernel into the cache; tell whether there is anything to do."""

@@ -47,13 +47,13 @@ class Wanted(Record):
 class Plugging:
     """The devices of one job."""
 
-    def __init__(self, uuid: str, log: int, wanted: Wanted, timeout_s: int) -> None:
-        """Start the worker for the cards now: it makes itself ready while the domain is made."""
+    def __init__(self, uuid: str, log: int, wanted: Wanted, timeout_s: int, network: Child | None = None) -> None:
+        """Take over or start the worker for the cards now: it makes itself ready while the domain is made."""
         self._uuid, self._log, self._timeout_s = uuid, log, timeout_s
         self._grants, vifs = wanted.disks, wanted.vifs
         self._vifs = vifs
         self._handed = {device: os.dup(descriptor) for device, descriptor in wanted.handed.items()}
-        self._network = Child(Role.NETWORK, log, {}, uuid) if vifs else None
+        self._network = (network or Child(Role.NETWORK, log, {}, uuid)) if vifs else None
         self._waiting: dict[Child, tuple[DiskGrant, Opening]] = {}
         self._opened: dict[int, int] = {}
         self._servers: dict[int, str] = {}

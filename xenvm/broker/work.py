@@ -8,6 +8,7 @@ import time
 
 from xenvm.boundary.devices import Kind
 from xenvm.boundary.messages import Done, Failed, Fault, Job
+from xenvm.boundary.privileges import Role
 from xenvm.broker.kernels import Kernel
 from xenvm.broker.plugging import Plugging, Wanted
 from xenvm.context import suppress
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from xenvm.boundary.checks import Message
     from xenvm.boundary.messages import Domain, Grants, Op
     from xenvm.broker.children import Child
+    from xenvm.broker.spares import Spares
 
 POSTPONED_LIMIT: Final = 16  # an honest supervisor asks for one thing after the other
 
@@ -69,7 +71,7 @@ class Work:
         self.kernel: Kernel | None = None
         self.initrd = -1
 
-    def begin(self, domid: int, grants: Grants, images: list[int], log: int) -> None:
+    def begin(self, domid: int, grants: Grants, images: list[int], log: int, spares: Spares) -> None:
         """Take over the images, kernel first, and give the helper its job when they are ready.
 
         Raise XenvmError when that cannot be begun; nothing of it is left then.
@@ -79,7 +81,8 @@ class Work:
             self.initrd = images[1] if len(images) > 1 else -1
             self.kernel = Kernel(images[0], grants.uuid, log) if images else None
             if wanted.disks or wanted.vifs:
-                self.plugging = Plugging(grants.uuid, log, wanted, self.change.timeout_s)
+                network = spares.take(Role.NETWORK) if wanted.vifs else None
+                self.plugging = Plugging(grants.uuid, log, wanted, self.change.timeout_s, network)
             self.job = self.change.job(self.op, domid, grants, self.plugging)
             self.hand_over()
         except XenvmError:
