@@ -107,9 +107,13 @@ def test_removing(wire):
     assert wire.ask(RM, "/") == "EINVAL"
 
 
-@pytest.mark.parametrize("path", ["", "/with space", "/a//b", "/a/", "/dot.ted", "/a:b", "/" + "x" * 3100, "/ä"])
+@pytest.mark.parametrize("path", ["", "/with space", "/a//b", "/a/", "/dot.ted", "/a:b", "/ä"])
 def test_paths_that_are_none(wire, path):
     assert wire.raw(READ, path.encode("latin-1") + b"\0") == "EINVAL"
+
+
+def test_a_long_path_of_dom0(wire):
+    assert wire.ask(READ, "/" + "x" * 3100) in ("ENOENT", "EINVAL")  # it changed from release to release
 
 
 def test_relative_paths_are_those_of_dom0(wire):

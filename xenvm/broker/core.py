@@ -493,12 +493,13 @@ class Broker:
             self._pass_on(work, message)
         elif isinstance(message, Failed):
             work.close()
+            before, made = self._domid, None
             if work.op in REBUILDING:
                 self._set_phase(VmPhase.ABSENT, -1)
                 self._book.domain_gone(for_good=False)
                 if work.result is None:  # killed in the middle: what it had half done is removed before anybody hears
-                    self._tidy_up()
-            answer = work.answer or Failed(work.sequence, message.fault, self._known())
+                    made = self._tidy_up(work.sequence, before)
+            answer = made or work.answer or Failed(work.sequence, message.fault, self._known())
             if work.op is Op.PLUG and work.result is None:
                 self._take_back(work, answer)
             else:
@@ -563,30 +564,33 @@ class Broker:
         if uevents.gone(self._book.known, self._domid) and allow(self._asked[Op.SETTLE], PERMITS[Op.SETTLE].per_minute):
             self._begin(0, Op.SETTLE, PERMITS[Op.SETTLE].deadline_s)
 
-    def _tidy_up(self) -> None:
-        """Have what a dead builder left removed; a domain that was whole already stays.
+    def _tidy_up(self, sequence: int, before: int) -> Done | None:
+        """Have what a dead builder left removed. A new domain that was whole already stays: return the answer then.
 
         A failure is logged, and the record in xenstore lets the next look or start retry.
         """
-        deadline_s = PERMITS[Op.DESTROY].deadline_s
         builder = Child(Role.BUILDER, self._log, {}, self._grants.uuid)
         self._acts.append("job", op="find", domid=-1, pid=builder.pid)
         try:
-            answer = ask_once(builder, Job(Op.FIND, self._grants.uuid, -1, self._grants), deadline_s)
+            answer = ask_once(
+                builder, Job(Op.FIND, self._grants.uuid, -1, self._grants), PERMITS[Op.DESTROY].deadline_s
+            )
         except XenvmError as error:
             self._acts.append("result", op="find", result=error.message[:200])
-            return
+            return None
         self._acts.append("result", op="find", result=type(answer).__name__)
         self._learn(answer.domain)
-        if isinstance(answer, Done):
-            self._book.seen(answer.devices)
-            self._book.domain_gone(for_good=answer.domain.state is DomainState.ABSENT)
+        if not isinstance(answer, Done):
+            return None
+        self._book.seen(answer.devices)
+        self._book.domain_gone(for_good=answer.domain.state is DomainState.ABSENT)
+        served = any(state.server for state in answer.devices)  # by servers that have been ended
+        return None if served or answer.domain.domid in (-1, before) else answer.but(sequence=sequence)
 
     def _clear_strays(self) -> None:
         """Remove what dead workers of this VM's disks left; a failure is logged, and `doctor` still shows it."""
         try:
-            strays.clear(
-                strays.find(self._grants.uuid, self._book.disks, self._book.servers), self._grants.uuid, self._log
-            )
+            uuid = self._grants.uuid
+            strays.clear(strays.find(uuid, self._book.disks, self._book.servers), uuid, self._log)
         except XenvmError as error:
             self._acts.append("left", why=error.message[:200])

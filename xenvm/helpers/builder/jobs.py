@@ -116,6 +116,7 @@ class Builder:
             domid = self._assemble(job, images)
             if job.op not in (Op.BUILD_PAUSED, Op.START_PAUSED):
                 self._xen.unpause(domid)
+            tree.write_record(self._store, job.uuid, domid, Phase.BUILT)  # last: else nobody would let it run
         except BaseException:
             self._destroy(job.uuid)
             raise
@@ -165,7 +166,6 @@ class Builder:
         if job.vbds or job.vifs:
             self._progress("connecting the devices")
             self._plugging.finish(domid)
-        tree.write_record(store, job.uuid, domid, Phase.BUILT)
         return domid
 
     def _check_memory(self, grants: Grants) -> None:

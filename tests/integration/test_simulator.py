@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What only a simulated host shows: faults at an exact moment, hostile guests, floods, and how it is told from Xen."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from vms import ROOT, SimulatedHost, json_of, kill, nothing_is_left, processes, run, until, vm  # noqa: F401
+
+from xenvm.broker.actlog import read
+
+
+@pytest.fixture(scope="module")
+def host():
+    made = SimulatedHost()
+    yield made
+    made.close()
+
+
+def builder_of(guest):
+    """The builder that has a job."""
+    return next((pid for pid, words in guest.host.processes().items() if "builder" in words and "-" not in words), 0)
+
+
+def working(guest):
+    """The builder of the running job, by the log of acts: it has greeted, and a job has no result yet."""
+    records = list(read(str(guest.acts))) if guest.acts.exists() else []
+    jobs = [record for record in records if record["act"] in ("job", "result")]
+    greeted = [record["pid"] for record in records if record["act"] == "confined" and record["role"] == "builder"]
+    return greeted[-1] if jobs and jobs[-1]["act"] == "job" and greeted else 0
+
+
+# The start of a build, call by call: whichever the builder dies in, nothing stays; after the last, all does.
+CALLS = ["info", "create", "prepare", "channel", "load", "unpause"]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_builder_dies_in_a_call_of_the_build(host, vm, call):  # noqa: F811
+    host.slow(3000, [call])
+    guest = vm()
+    starting = guest.begin()
+    until(lambda: working(guest), "a builder with a job", 30)
+    time.sleep(0.5)
+    kill(working(guest))
+    host.slow(0)
+    text = starting.communicate(timeout=60)[0]
+    assert starting.returncode == 1, text
+    assert "builder died of SIGKILL" in text
+    until(lambda: guest.left() == [], f"nothing left of {guest.left()}", 10)
+    guest.start()
+    guest.up()
+
+
+def test_the_builder_dies_when_all_is_done(host, vm):  # noqa: F811
+    """The domain runs and is ours: a start that ends so has succeeded."""
+    host.slow(3000, ["look"])
+    guest = vm()
+    starting = guest.begin()
+    until(lambda: guest.ticks(), "the guest runs", 30)
+    until(lambda: b"built" in (host_record(host, guest) or b""), "the record says so", 10)
+    kill(working(guest))
+    host.slow(0)
+    text = starting.communicate(timeout=60)[0]
+    assert starting.returncode == 0, text
+    assert guest.state == "running"
+    assert guest.boots() == 1
+
+
+def host_record(host, guest):
+    from storewire import Wire  # noqa: PLC0415
+
+    with Wire(host.store) as wire:
+        return wire.value(f"/xenvm/{guest.uuid}/phase")
+
+
+# Hostile guests, and floods
+
+
+@pytest.mark.parametrize("words", ["xenvm.garbage=7", "xenvm.flood=200", "xenvm.garbage=3 xenvm.flood=100"])
+def test_what_a_guest_writes_disturbs_nobody(host, vm, words):  # noqa: F811
+    """Garbage in all of its nodes, more nodes than its quota, a console that never stops: commands take under 1 s."""
+    disk = host.directory() / "a.img"
+    disk.write_bytes(bytes(1 << 20))
+    os.chmod(disk, 0o666)
+    guest = vm(words=words, tick_ms=50, disk=f"{disk}:file:xvda:w:disk", nic=f"bridge={host.bridge}")
+    guest.start()
+    guest.up()
+    until(lambda: len(guest.ticks()) > 5, "it has begun")
+    with guest.connect() as monitor:
+        for method in ("status", "disk-list", "nic-list", "pause", "unpause"):
+            begin = time.monotonic()
+            monitor.call(method)
+            assert time.monotonic() - begin < 5, method
+    guest.cmd("destroy")
+    assert host.devices()["backends"] == []
+
+
+def test_a_thousand_clients_that_come_and_go(host, vm):  # noqa: F811
+    """Connected, half a request, gone: the monitor answers others meanwhile, and keeps nothing of them."""
+    guest = vm()
+    guest.start()
+    before = len(os.listdir(f"/proc/{guest.pids()['supervisor']}/fd")) if os.geteuid() == 0 else 0
+    worst = []
+    done = threading.Event()
+
+    def ask():
+        while not done.is_set():
+            begin = time.monotonic()
+            guest.status()
+            worst.append(time.monotonic() - begin)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        import socket  # noqa: PLC0415
+
+        for number in range(1000):
+            client = socket.socket(socket.AF_UNIX)
+            client.connect(str(guest.socket))
+            client.send(b"\0\0\0\x40{" if number % 2 else b"")
+            client.close()
+    finally:
+        done.set()
+        asking.join()
+    assert max(worst) < 1.0
+    assert guest.state == "running"
+    if before:
+        until(lambda: len(os.listdir(f"/proc/{guest.pids()['supervisor']}/fd")) == before, "nothing stays open", 10)
+
+
+def test_readers_of_events_that_do_not_read(host, vm):  # noqa: F811
+    """They lose their connection, not the monitor its memory; the others get every event."""
+    guest = vm()
+    guest.start()
+    lazy = [guest.connect() for _ in range(20)]
+    for one in lazy:
+        one.send("events", {})
+    for _ in range(10):
+        guest.ask("pause")
+        guest.ask("unpause")
+    assert guest.state == "running"
+    for one in lazy:
+        one.close()
+
+
+# How it is told from Xen
+
+
+def test_it_is_said_at_the_start_what_is_not_in_force(host, vm):  # noqa: F811
+    guest = vm()
+    done = run(*host.program("xenvm", str(guest.file)), **host.options())
+    assert done.returncode == 0
+    assert "no Xen, no guest code is run" in done.stderr
+    assert "not in force: users of their own and capabilities" in done.stderr
+    proofs = [record for record in read(str(guest.acts)) if record["act"] == "confined"]
+    import json  # noqa: PLC0415
+
+    for record in proofs:
+        proof = json.loads(record["proof"]) if isinstance(record["proof"], str) else record["proof"]
+        assert proof["no_new_privs"] is True
+        assert proof["seccomp"] == 2
+        assert proof["capabilities"]["CapEff"] == "0"
+        assert proof["identity_changed"] is False
+    for words in processes(str(host.sockets)).values():
+        assert "--simulator" in words
+
+
+def test_root_gets_no_simulated_host(tmp_path):
+    if os.geteuid():
+        return
+    code = "import sys; from xenvm.cli.xenvm import main; sys.exit(main())"
+    config = tmp_path / "a.cfg"
+    config.write_text("memory = 64\n")
+    environment = {"XENVM_SOCKET_DIR": str(tmp_path), "PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
+    done = run(sys.executable, "-B", "-c", code, "--simulator", str(config), env=environment)
+    assert done.returncode == 8
+    assert "not for root" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.cfg"]
+
+
+def test_monitors_of_xen_refuse_its_directory(host, vm):  # noqa: F811
+    """Each kind keeps to its own directories, so that no uuid has two monitors that do not know of each other."""
+    guest = vm()
+    if os.geteuid() == 0:
+        code = "import sys; from xenvm.cli.xenvm import main; sys.exit(main())"
+        environment = {**host.options()["env"], "XENVM_SOCKET_DIR": str(host.sockets)}
+        done = run(sys.executable, "-B", "-c", code, str(guest.file), env=environment)
+        assert done.returncode == 1
+        assert "not a directory that only root can change" in done.stderr
+    options = host.options()
+    options["env"] = {**options["env"], "XENVM_SOCKET_DIR": "/run/xenvm"}
+    done = run(*host.program("xenvm", str(guest.file)), **options)
+    assert done.returncode == 1
+    assert "for the monitors of Xen's guests" in done.stderr
+
+
+def test_neither_config_nor_command_nor_environment_leads_to_it(host, vm):  # noqa: F811
+    guest = vm(simulator="true")
+    assert "simulator" in guest.start(code=6).stderr
+    guest = vm()
+    code = "import sys; from xenvm.cli.xenvm import main; sys.exit(main())"
+    options = host.options()
+    options["env"] = {**options["env"], "XENVM_SIMULATOR": "1"}
+    done = run(sys.executable, "-B", "-c", code, str(guest.file), **options)
+    assert done.returncode == 8
+    assert "needs root" in done.stderr
+    guest.start()
+    refused = guest.cmd("simulator", code=2).stderr
+    assert "simulator" in refused
+
+
+def test_what_needs_a_real_kernel_is_refused(host, vm):  # noqa: F811
+    disk = host.directory() / "a.qcow2"
+    disk.write_bytes(b"QFI\xfb" + bytes(1 << 16))
+    os.chmod(disk, 0o666)
+    guest = vm(disk=f"{disk}:qcow:xvda:w:disk")
+    assert "a simulated host has neither nbd nor dm-crypt" in guest.start(code=1).stderr
+    until(lambda: guest.left() == [], "nothing is left", 10)
+
+
+def test_the_host_ends_when_nobody_needs_it_any_more(tmp_path_factory):
+    made = SimulatedHost()
+    try:
+        made.machine.close()
+        assert made.process.wait(timeout=30) == 0
+        assert sorted(path.name for path in made.sockets.iterdir()) == ["console", "log"]
+    finally:
+        made.close()
+
+
+def test_foreground_and_a_second_start(host, vm):  # noqa: F811
+    guest = vm()
+    running = subprocess.Popen(
+        host.program("xenvm", "--foreground", str(guest.file)), stderr=subprocess.DEVNULL, **host.options()
+    )
+    until(lambda: guest.socket.exists() and guest.state == "running", "it runs", 30)
+    assert guest.start(code=9).returncode == 9
+    assert json_of(guest.cmd("--json", "status"))["state"] == "running"
+    guest.cmd("quit")
+    assert running.wait(timeout=30) == 0
+    guest.start()  # adopts
+    assert guest.boots() == 1
