@@ -243,3 +243,22 @@ def test_foreground_and_a_second_start(host, vm):  # noqa: F811
     assert running.wait(timeout=30) == 0
     guest.start()  # adopts
     assert guest.boots() == 1
+
+
+def test_the_audit_knows_a_simulated_host(host, vm):  # noqa: F811
+    """As root: every process fits its row, apart from what is said to be not in force. Otherwise: refused."""
+    guest = vm()
+    guest.start()
+    guest.cmd("pause")
+    guest.cmd("unpause")
+    done = host.run("xenvm-audit", guest.uuid)
+    if os.geteuid() == 0:
+        assert done.returncode == 8  # it was not root that asked
+        options = {**host.options(), "user": 0, "group": 0}
+        done = run(*host.program("xenvm-audit", guest.uuid), **options)
+        assert done.stdout.startswith(
+            f"simulated host in {host.sockets}: one user for all processes, no capabilities\n"
+        )
+        assert done.returncode == 0, done.stdout
+        assert "0 differences" in done.stdout
+    assert host.run("xenvm-audit", "verify", guest.uuid).returncode == 0

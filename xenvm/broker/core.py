@@ -475,13 +475,7 @@ class Broker:
             return
         self._work = None
         work.stop()
-        if work.result is None:
-            late = time.monotonic() >= work.end
-            why = f"no answer within {work.deadline_s:g} s" if late else f"its {work.builder.role} {work.builder.how()}"
-            code = ExitCode.TIMED_OUT if late else ExitCode.FAILED
-            message: Message = failed(work.sequence, XenvmError(f"{work.op}: {why}", code=code), self._known())
-        else:
-            message = work.result
+        message = work.outcome(self._known())
         self._acts.append("result", op=work.op.value, pid=work.builder.pid, result=type(message).__name__)
         if isinstance(message, Done):
             self._note_devices(work, message)

@@ -12,7 +12,7 @@ from xenvm.boundary.privileges import Role
 from xenvm.broker.kernels import Kernel
 from xenvm.broker.plugging import Plugging, Wanted
 from xenvm.context import suppress
-from xenvm.errors import ProtocolError, XenvmError
+from xenvm.errors import ExitCode, ProtocolError, XenvmError
 from xenvm.record import Record
 
 TYPE_CHECKING = False
@@ -117,6 +117,15 @@ class Work:
         if self.initrd >= 0:
             os.close(self.initrd)
             self.initrd = -1
+
+    def outcome(self, known: Domain) -> Message:
+        """Return what its helper has answered, or that it did not, and why."""
+        if self.result is not None:
+            return self.result
+        late = time.monotonic() >= self.end
+        why = f"no answer within {self.deadline_s:g} s" if late else f"its {self.builder.role} {self.builder.how()}"
+        code = ExitCode.TIMED_OUT if late else ExitCode.FAILED
+        return failed(self.sequence, XenvmError(f"{self.op}: {why}", code=code), known)
 
     def close(self) -> None:
         """Close what came with the request, and the kernel."""

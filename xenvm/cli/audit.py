@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 
 from xenvm import __version__
 from xenvm.boundary.devices import label
+from xenvm.boundary.place import MARK, Place
 from xenvm.boundary.privileges import TABLE, Landlock, Role, markdown_table
 from xenvm.boundary.spawn import command
 from xenvm.broker.host import LOG_DIRECTORY
@@ -71,6 +72,17 @@ class Host(Record):
     logs: str = LOG_DIRECTORY
     identity: Callable[[str | None], tuple[int, int]] = staticmethod(identity)
     command: Callable[[Role], list[str]] = staticmethod(command)
+    place: Place = Place()
+
+
+def host_of(directory: str) -> Host:
+    """Return the host whose command sockets are in `directory`: this one, or a simulated one, where all run as one."""
+    try:
+        owner = os.stat(f"{directory}/{MARK}")  # noqa: PTH116
+    except OSError:
+        return Host(directory)
+    place = Place(directory)
+    return Host(directory, place.logs, lambda _user: (owner.st_uid, owner.st_gid), place=place)
 
 
 class Audited(Record):
@@ -179,18 +191,20 @@ def expected(host: Host, uuid: str, row: Row, acts: Acts, inherited: int) -> Exp
         Role.PARSER: None,
     }
     tails = special.get(row.role, {(uuid,)})
+    following = frozenset((*tail, *host.place.words) for tail in tails) if tails else None
     confined = [p.landlock_abi for p in acts.proofs.values() if _landlocked(p)]
     own_log = f"{host.logs}/{uuid}.log"
     return Expected(
         uid=uid,
         gid=gid,
         command=tuple(host.command(row.role)),
-        tails=frozenset(tails) if tails else None,
+        tails=following,
         filters=inherited + 1,
         landlock=0 if row.landlock is Landlock.UNRESTRICTED else max(confined, default=0),
         logs=frozenset(os.path.realpath(log or own_log) for log in {*acts.logs, own_log}),
         acts=os.path.realpath(_acts_path(host, uuid)),
         images=f"{RUN_DIRECTORY}/image-{uuid}-",
+        simulator=host.place.simulator,
     )
 
 
@@ -332,6 +346,10 @@ def run(line: argparse.Namespace, host: Host) -> ExitCode:
     else:
         uuid = live.find_uuid(host.sockets, line.words[0])
         found = audit(host, uuid)
+        if host.place.simulator and not line.json:
+            render.out(
+                f"simulated host in {render.plain(host.sockets)}: one user for all processes, no capabilities\n\n"
+            )
         render.out(render.json_line(as_json(uuid, found)) if line.json else show(found, verbose=line.verbose))
         return ExitCode.FAILED if _differences(found) else ExitCode.DONE
     return ExitCode.DONE
@@ -341,7 +359,7 @@ def main(arguments: Sequence[str] | None = None, host: Host | None = None) -> in
     """Run xenvm-audit and return its exit status."""
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        return run(_parse(given), host or Host(socket_directory()))
+        return run(_parse(given), host or host_of(socket_directory()))
     except XenvmError as failure:
         render.error(failure, as_json="--json" in given)
         return failure.code

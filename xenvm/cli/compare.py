@@ -30,6 +30,8 @@ NETLINK_ROLES: Final = frozenset({Role.NETWORK, Role.STORAGE})
 """Interfaces are changed, and network block devices made, through netlink(7)."""
 IMAGE_ROLES: Final = frozenset({Role.BROKER, Role.IMAGE, Role.STORAGE})
 """Who has the connection to what serves an image, on its way to the kernel."""
+MACHINE_ROLES: Final = frozenset({Role.BROKER, Role.NETWORK})
+"""Who asks the kernel for something, which on a simulated host goes through a socket."""
 STORE_SOCKETS: Final = ("xenstored/socket", "xenstored/socket_ro")
 LANDLOCK_PROBE: Final = "open / under Landlock"  # what boundary.confine calls it
 
@@ -49,7 +51,8 @@ class Expected(Record):
     `command` is how it is started, `tails` what may follow that (None: anything). `filters` is how many seccomp
     filters it has at least, its ancestors' among them. `landlock` is the version that its proof must name. `logs` are
     the paths of the monitor's log, `acts` that of its act log. `images` begins the names of the sockets that images
-    of the VM are served on.
+    of the VM are served on. `simulator` is the directory of a simulated host, "" on a real one: there nobody has a
+    capability, and the bounding set stays as it was.
     """
 
     uid: int
@@ -61,6 +64,7 @@ class Expected(Record):
     logs: frozenset[str]
     acts: str
     images: str
+    simulator: str = ""
 
 
 def compare(row: Row, process: Live, proof: Proof | None, expected: Expected) -> list[Line]:
@@ -73,7 +77,7 @@ def lines(row: Row, process: Live, proof: Proof | None, expected: Expected) -> l
     return [
         _program(process, expected),
         *_identity(row, process, expected),
-        *_capabilities(row, process),
+        *_capabilities(row, process, expected),
         *_seccomp(row, process, expected),
         *_limits(row, process),
         *_descriptors(row, process, expected),
@@ -85,7 +89,12 @@ def lines(row: Row, process: Live, proof: Proof | None, expected: Expected) -> l
 def server_lines(row: Row, process: Live, expected: Expected) -> list[Line]:
     """Return the properties that a program which an image worker has started inherits from its row."""
     identity = [line for line in _identity(row, process, expected) if line.name != "threads"]
-    return [*identity, *_capabilities(row, process), *_seccomp(row, process, expected), *_limits(row, process)]
+    return [
+        *identity,
+        *_capabilities(row, process, expected),
+        *_seccomp(row, process, expected),
+        *_limits(row, process),
+    ]
 
 
 def _program(process: Live, expected: Expected) -> Line:
@@ -116,11 +125,13 @@ def _identity(row: Row, process: Live, expected: Expected) -> Iterator[Line]:
     yield Line("threads", "1", str(status.threads), status.threads != 1)
 
 
-def _capabilities(row: Row, process: Live) -> Iterator[Line]:
+def _capabilities(row: Row, process: Live, expected: Expected) -> Iterator[Line]:
     wanted = 0
-    for name in row.capabilities:
+    for name in () if expected.simulator else row.capabilities:
         wanted |= 1 << getattr(prctl, name)
     for name, held in zip(CAPABILITY_SETS, process.status.capabilities, strict=True):
+        if expected.simulator and name == "CapBnd":
+            continue
         mask = 0 if name in ("CapInh", "CapAmb") else wanted
         yield Line(name, _names_of(mask), _names_of(held), held != mask)
 
@@ -206,6 +217,7 @@ def _sockets(row: Row, process: Live, expected: Expected) -> Iterator[Line]:
     """Look whom a process talks to besides its family and its clients: the kernel or xenstored, as its role says."""
     families = {"UNIX", "NETLINK"} if row.role in NETLINK_ROLES else {"UNIX"}
     foreign, clients, store = [], [], []
+    machine = f"{expected.simulator}/xenstored/machine"
     for descriptor in process.descriptors:
         if descriptor.kind != SOCKET:
             continue
@@ -213,13 +225,13 @@ def _sockets(row: Row, process: Live, expected: Expected) -> Iterator[Line]:
             foreign.append(f"{descriptor.number} {descriptor.protocol}")
         elif row.role in IMAGE_ROLES and descriptor.peer.startswith(expected.images):
             continue
-        elif is_store(descriptor.peer):
+        elif is_store(descriptor.peer) or (expected.simulator and descriptor.peer == machine):
             store.append(f"{descriptor.number} {descriptor.peer}")
         elif descriptor.peer and not descriptor.name:
             clients.append(f"{descriptor.number} to {descriptor.peer}")
     table = ", ".join(sorted(families, reverse=True)).lower()
     yield Line("socket families", table, ", ".join(foreign) or table, bool(foreign))
-    may = row.role in STORE_ROLES
+    may = row.role in STORE_ROLES or (bool(expected.simulator) and row.role in MACHINE_ROLES)
     yield Line("xenstored", "may be connected" if may else "none", ", ".join(store) or "none", bool(store) and not may)
     yield Line("other servers", "none", ", ".join(clients) or "none", bool(clients))
 
