@@ -150,12 +150,31 @@ ffibuilder.cdef(
     int xc_dom_boot_image(struct xc_dom_image *dom);
     int xc_dom_gnttab_init(struct xc_dom_image *dom);
     xen_pfn_t xc_dom_p2m(struct xc_dom_image *dom, xen_pfn_t pfn);
+
+    typedef enum { XC_STREAM_PLAIN, ... } xc_stream_type_t;
+    struct save_callbacks { int (*suspend)(void *data); void *data; ...; };
+    struct restore_callbacks { void *data; ...; };
+    int xc_domain_save(xc_interface *xch, int io_fd, uint32_t dom, uint32_t flags, struct save_callbacks *callbacks,
+                       xc_stream_type_t stream_type, int recv_fd);
+    int xc_domain_restore(xc_interface *xch, int io_fd, uint32_t dom, unsigned int store_evtchn,
+                          unsigned long *store_mfn, uint32_t store_domid, unsigned int console_evtchn,
+                          unsigned long *console_mfn, uint32_t console_domid, xc_stream_type_t stream_type,
+                          struct restore_callbacks *callbacks, int send_back_fd);
+    extern "Python" int xenvm_suspend(void *data);
+    extern "Python" void xenvm_frames(unsigned long done, unsigned long total);
+    void xenvm_tell_frames(void (*hook)(unsigned long done, unsigned long total));
+    int xenvm_punch(int fd, long long offset, long long length);
     """
 )
 
 ffibuilder.set_source(
     "xenvm._xen",
     r"""
+    #ifndef _GNU_SOURCE
+    #define _GNU_SOURCE
+    #endif
+    #include <errno.h>
+    #include <fcntl.h>
     #include <stdarg.h>
     #include <stdbool.h>
     #include <stdio.h>
@@ -183,22 +202,33 @@ ffibuilder.set_source(
             snprintf(last_error + length, sizeof(last_error) - length, ": %s", strerror(errnoval));
     }
 
-    static void no_progress(struct xentoollog_logger *logger, const char *context, const char *doing_what,
-                            int percent, unsigned long done, unsigned long total)
+    static void (*frames_hook)(unsigned long done, unsigned long total);
+
+    static void tell_progress(struct xentoollog_logger *logger, const char *context, const char *doing_what,
+                              int percent, unsigned long done, unsigned long total)
     {
-        (void)logger; (void)context; (void)doing_what; (void)percent; (void)done; (void)total;
+        (void)logger; (void)context; (void)percent;
+        if (frames_hook && doing_what && !strncmp(doing_what, "Frames", 6))
+            frames_hook(done, total);
     }
 
     static void no_destroy(struct xentoollog_logger *logger) { (void)logger; }
 
     static struct xentoollog_logger keeper = {
-        .vmessage = keep_message, .progress = no_progress, .destroy = no_destroy,
+        .vmessage = keep_message, .progress = tell_progress, .destroy = no_destroy,
     };
 
     /* Both loggers given: with a null dombuild_logger libxenctrl opens a log file of its own. */
     static xc_interface *xenvm_open(void) { return xc_interface_open(&keeper, &keeper, 0); }
     static const char *xenvm_last_error(void) { return last_error; }
     static void xenvm_clear_error(void) { last_error[0] = 0; }
+    static void xenvm_tell_frames(void (*hook)(unsigned long, unsigned long)) { frames_hook = hook; }
+
+    /* Make a hole in a file; 0, or a negated errno. */
+    static int xenvm_punch(int fd, long long offset, long long length)
+    {
+        return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length) ? -errno : 0;
+    }
     """,
     define_macros=[("XENVM_BUILT_FOR", str(_built_for()))],
     libraries=["xenguest", "xenctrl", "xentoollog"],

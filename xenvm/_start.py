@@ -46,6 +46,8 @@ def _main() -> int:
         from xenvm.simulator.main import main  # noqa: PLC0415
     elif role == "unpacker":
         from xenvm.helpers.unpacker.main import main  # noqa: PLC0415
+    elif role == "stream":
+        from xenvm.helpers.stream.main import main  # noqa: PLC0415
     elif role == "parser":
         from xenvm.parser.main import main  # noqa: PLC0415
     else:

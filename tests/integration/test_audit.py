@@ -48,6 +48,7 @@ IDS = {
     "xenvm-network": (64027, 64028),
     "xenvm-image": (64029, 64030),
     "xenvm-unpack": (64031, 64032),
+    "xenvm-stream": (64033, 64034),
 }
 LANDLOCK = {"Landlock"} if lib.xenvm_landlock_abi() else set()
 

@@ -3,9 +3,7 @@
 
 import os
 import re
-import shutil
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
@@ -16,34 +14,6 @@ MIB = 1 << 20
 BLOCK = (bytes(range(251)) * 4178)[: MIB - 8]
 PATTERN = b"".join(b"%08d" % number + BLOCK for number in range(64))  # 64 MiB, each MiB another one
 DISK = 72 * MIB
-
-
-@pytest.fixture
-def bridge():
-    """A bridge with an address, as an administrator would have made it."""
-    name = "xenvmbr0"
-    run("ip", "link", "add", name, "address", "00:16:3e:00:00:01", "type", "bridge")
-    run("ip", "address", "add", "10.77.0.1/24", "dev", name)
-    run("ip", "link", "set", name, "up")
-    yield name
-    run("ip", "link", "delete", name)
-
-
-@pytest.fixture
-def image():
-    """Image files on a file system with direct I/O, which /tmp has not."""
-    directory = Path(tempfile.mkdtemp(dir="/var/tmp"))
-
-    def make(name, size=16 * MIB, content=b""):
-        """A file of at least `size` bytes that begins with `content`."""
-        path = directory / name
-        with path.open("wb") as file:
-            file.truncate(max(size, len(content)))
-            file.write(content)
-        return path
-
-    yield make
-    shutil.rmtree(directory)
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def pipe():
         os.close(descriptor)
 
 
-GOOD = b'{"sequence":7,"step":"x"}'
+GOOD = b'{"sequence":7,"step":"x","done_kib":0,"total_kib":0}'
 
 
 def test_the_frame_these_tests_vary_is_good():

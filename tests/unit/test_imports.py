@@ -40,6 +40,7 @@ MODULES = {
     Role.STORAGE: ["xenvm.helpers.storage.main"],
     Role.SIMULATOR: ["xenvm.simulator.main"],
     Role.UNPACKER: ["xenvm.helpers.unpacker.main", "xenvm.helpers.unpacker.formats"],
+    Role.STREAM: ["xenvm.helpers.stream.main"],
 }
 HEAVY = {
     "argparse",
@@ -68,7 +69,7 @@ FORBIDDEN = {
     Role.BUILDER: HEAVY | {"logging", "xenvm.config", "xenvm.broker", "xenvm.supervisor"},
     Role.HOTPLUG: HEAVY | {"logging", "xenvm.config", "xenvm.broker", "xenvm.supervisor", "xenvm._xen"},
     **dict.fromkeys(
-        (Role.NETWORK, Role.IMAGE, Role.STORAGE, Role.UNPACKER),
+        (Role.NETWORK, Role.IMAGE, Role.STORAGE, Role.UNPACKER, Role.STREAM),
         HEAVY | {"pyxs", "threading", "logging", "xenvm.config", "xenvm.broker", "xenvm.supervisor", "xenvm._xen"},
     ),
 }
@@ -87,8 +88,9 @@ OWN = {
     "xenvm.helpers.storage": {Role.STORAGE},
     "xenvm.helpers.unpacker": {Role.UNPACKER},
     "xenvm._unpack": {Role.UNPACKER},
-    "lzma": {Role.UNPACKER},
-    "zlib": {Role.UNPACKER},
+    "lzma": {Role.UNPACKER, Role.SIMULATOR},
+    "zlib": {Role.UNPACKER, Role.SIMULATOR, Role.BUILDER, Role.STREAM},
+    "xenvm.helpers.stream": {Role.STREAM},
     "xenvm.helpers.devices": {Role.BUILDER, Role.HOTPLUG},
     "xenvm.helpers.exchange": {Role.BUILDER, Role.HOTPLUG},
     "xenvm.helpers.store": {Role.BUILDER, Role.HOTPLUG},

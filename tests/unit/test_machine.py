@@ -8,6 +8,7 @@ import pytest
 from xenvm.boundary.messages import NO_DOMAIN, Domain, DomainState, Fault, Op, Phase, Policy
 from xenvm.errors import WrongStateError
 from xenvm.supervisor.machine import (
+    BUILDING,
     QUICK_DEATH_S,
     QUICK_DEATHS_LIMIT,
     TRANSITIONS,
@@ -184,7 +185,7 @@ def test_a_start_by_command_forgets_quick_deaths():
 
 @pytest.mark.parametrize(("state", "event"), list(itertools.product(State, sorted(COMMANDS))))
 def test_a_command_has_a_row_or_is_refused(state, event):
-    vm = Vm(state, domid=-1 if state is State.SHUTDOWN else 7, fault=FAULT)
+    vm = Vm(state, domid=-1 if state in (State.SHUTDOWN, State.SUSPENDED) else 7, fault=FAULT)
     if (state, event) in TRANSITIONS:
         after, op = step(vm, Happening(event))
         assert after.state is TRANSITIONS[state, event].state
@@ -194,14 +195,15 @@ def test_a_command_has_a_row_or_is_refused(state, event):
     else:
         with pytest.raises(WrongStateError, match=f"{event} is not possible: the VM is {state}"):
             step(vm, Happening(event))
-        assert vm == Vm(state, domid=-1 if state is State.SHUTDOWN else 7, fault=FAULT)
+        assert vm == Vm(state, domid=-1 if state in (State.SHUTDOWN, State.SUSPENDED) else 7, fault=FAULT)
 
 
 @pytest.mark.parametrize(
     ("event", "states"),
     [
-        (Event.START, {State.SHUTDOWN}),
-        (Event.START_PAUSED, {State.SHUTDOWN}),
+        *((event, {State.SHUTDOWN, State.SUSPENDED}) for event in BUILDING),
+        (Event.SUSPEND, {State.RUNNING}),
+        (Event.CHECKPOINT, {State.RUNNING}),
         (Event.PAUSE, {State.RUNNING}),
         (Event.UNPAUSE, {State.PAUSED, State.CREATED}),
         (Event.SHUTDOWN, {State.RUNNING}),
@@ -216,7 +218,7 @@ def test_where_each_command_is_possible(event, states):
 
 
 @pytest.mark.parametrize("state", ENDED)
-@pytest.mark.parametrize("event", [Event.START, Event.START_PAUSED])
+@pytest.mark.parametrize("event", sorted(BUILDING))
 def test_a_preserved_domain_keeps_its_vm_from_starting(state, event):
     with pytest.raises(WrongStateError, match="domain 7 is preserved") as caught:
         step(Vm(state, domid=7), Happening(event))
@@ -260,7 +262,8 @@ def test_a_guest_that_ignores_the_request(command, forced):
 @pytest.mark.parametrize("state", State)
 def test_without_a_domain_there_is_no_domid(state, event):
     vm, op = step(Vm(state, domid=7), Happening(event, fault=FAULT if event is Event.FAILED_OFF else None))
-    assert (vm.state, vm.domid, op) == (State.SHUTDOWN, -1, None)
+    saved = (state, event) == (State.SUSPENDING, Event.DESTROYED)
+    assert (vm.state, vm.domid, op) == (State.SUSPENDED if saved else State.SHUTDOWN, -1, None)
     assert vm.reason == (FAULT.message if event is Event.FAILED_OFF else "")
 
 
@@ -268,6 +271,57 @@ def test_a_failed_destroy_keeps_the_domain_and_says_why():
     vm, op = step(RUNNING.but(state=State.SHUTDOWNING), Happening(Event.DESTROY_FAILED, fault=FAULT))
     assert (vm.state, vm.domid, vm.reason, op) == (State.CRASHED, 7, FAULT.message, None)
     assert step(vm, Happening(Event.DESTROY))[1] is Op.DESTROY
+
+
+# Save images
+
+
+def test_a_guest_is_suspended_when_its_image_has_been_taken_over():
+    vm, op = step(RUNNING, Happening(Event.SUSPEND))
+    assert (vm.state, op) == (State.SUSPENDING, Op.SAVE)
+    vm, op = step(vm, Happening(Event.SAVED))
+    assert (vm.state, op) == (State.SUSPENDING, None)
+    assert step(vm, Happening(Event.SEEN_SUSPENDED)) == (vm, None)  # as it should be
+    vm, op = step(vm, Happening(Event.COMMITTED))
+    assert (vm.state, op) == (State.SUSPENDING, Op.DESTROY)
+    vm, op = step(vm, Happening(Event.DESTROYED))
+    assert (vm.state, vm.domid, op) == (State.SUSPENDED, -1, None)
+
+
+@pytest.mark.parametrize("event", [Event.SUSPEND, Event.CHECKPOINT])
+def test_a_guest_whose_image_failed_runs_on(event):
+    vm, _ = step(RUNNING, Happening(event))
+    vm, op = step(vm, Happening(Event.FAILED_UP, domid=7, fault=FAULT))
+    assert (vm.state, vm.fault, vm.domid, op) == (State.RUNNING, FAULT, 7, None)
+
+
+def test_a_guest_whose_image_nobody_takes_over_is_resumed():
+    vm, _ = step(RUNNING, Happening(Event.SUSPEND))
+    vm, _ = step(vm, Happening(Event.SAVED))
+    vm, op = step(vm, Happening(Event.ABANDONED, fault=FAULT))
+    assert (vm.state, op) == (State.SUSPENDING, Op.RESUME)
+    vm, op = step(vm, seen(vm, POLICY, look(DomainState.RUNNING), 0))
+    assert (vm.state, vm.fault, op) == (State.RUNNING, FAULT, None)
+
+
+def test_destroy_ends_a_guest_that_is_being_saved():
+    vm, _ = step(RUNNING, Happening(Event.SUSPEND))
+    vm, op = step(vm, Happening(Event.DESTROY))
+    assert (vm.state, op) == (State.SHUTDOWNING, Op.DESTROY)
+    assert step(vm, Happening(Event.DESTROYED))[0].state is State.SHUTDOWN
+
+
+@pytest.mark.parametrize("state", [State.SHUTDOWN, State.SUSPENDED])
+@pytest.mark.parametrize(
+    ("event", "built", "goal"),
+    [(Event.RESTORE, Event.BUILT, State.RUNNING), (Event.RESTORE_PAUSED, Event.BUILT_PAUSED, State.PAUSED)],
+)
+def test_restoring(state, event, built, goal):
+    vm, op = step(Vm(state), Happening(event))
+    assert (vm.state, op.value.partition("-")[0]) == (State.RESTORING, "restore")
+    assert step(vm, Happening(built, domid=9))[0].state is goal
+    failed, op = step(vm, Happening(Event.FAILED_OFF, fault=FAULT))
+    assert (failed.state, failed.reason, op) == (State.SHUTDOWN, FAULT.message, None)
 
 
 # The table as a whole

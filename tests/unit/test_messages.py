@@ -7,6 +7,7 @@ from xenvm import forms
 from xenvm.boundary import devices, messages
 from xenvm.boundary.checks import Checked, Message, array, choice, flag, number, string, table
 from xenvm.boundary.devices import DeviceState, DiskGrant, Kind, NicGrant, Vbd, Vif
+from xenvm.boundary.images import Restore, Save
 from xenvm.boundary.messages import (
     KINDS,
     NO_DOMAIN,
@@ -76,7 +77,7 @@ def test_kinds_are_distinct_and_complete():
 
 
 def test_which_messages_pass_descriptors():
-    """From the supervisor Plug alone: the disk that a client has opened."""
+    """From the supervisor what a client has opened: a disk, a save image."""
     assert {kind.__name__: kind.DESCRIPTORS for kind in KINDS.values() if kind.DESCRIPTORS} == {
         "Done": 1,
         "Job": 2,
@@ -86,6 +87,9 @@ def test_which_messages_pass_descriptors():
         "Decrypt": 2,
         "Unpack": 2,
         "Sum": 1,
+        "Save": 1,
+        "Restore": 1,
+        "Inspect": 2,
     }
 
 
@@ -98,6 +102,8 @@ def test_a_supervisor_names_nothing():
     assert Watch.FIELDS == ("event",)
     assert Plug.FIELDS == ("sequence", "disks", "nics", "directory", "file")  # the file by its bare name
     assert Unplug.FIELDS == ("sequence", "kind", "device", "disc", "force", "timeout_s")
+    assert Save.FIELDS == ("sequence", "go_on", "timeout_s")
+    assert Restore.FIELDS == ("sequence", "paused")
     assert Rebridge.FIELDS == ("sequence", "device", "bridge")
 
 

@@ -3,6 +3,7 @@
 
 import os
 import signal
+import tempfile
 
 import broker_bench
 import psutil
@@ -12,6 +13,7 @@ from children import FakeChild
 
 from xenvm.boundary.devices import Kind, NicGrant
 from xenvm.boundary.frames import encode
+from xenvm.boundary.images import Restore, Save
 from xenvm.boundary.messages import (
     NO_DOMAIN,
     Ask,
@@ -31,7 +33,7 @@ from xenvm.boundary.messages import (
 from xenvm.boundary.privileges import TABLE, Role
 from xenvm.broker import core, spares
 from xenvm.broker.core import RESTARTS_PER_MINUTE
-from xenvm.broker.phases import ON_DEVICES, PERMITS, REBUILDING, WITH_ARGUMENTS, VmPhase
+from xenvm.broker.phases import ON_DEVICES, PERMITS, REBUILDING, RESTORING, SAVING, WITH_ARGUMENTS, VmPhase
 from xenvm.errors import ExitCode, XenvmError
 
 PHASES = {VmPhase.ABSENT: NO_DOMAIN, VmPhase.BUILT: RUNNING}
@@ -40,6 +42,10 @@ REQUESTS = {
     Op.PLUG: Plug(9, (), (NicGrant(3, "br0", "00:16:3e:00:00:03"),)),
     Op.UNPLUG: Unplug(9, Kind.VBD, 51712, False, False, 5),
     Op.REBRIDGE: Rebridge(9, 0, "br0"),
+    Op.SAVE: Save(9, False, 5),
+    Op.CHECKPOINT: Save(9, True, 5),
+    Op.RESTORE: Restore(9, False),
+    Op.RESTORE_PAUSED: Restore(9, True),
 }
 
 
@@ -48,11 +54,22 @@ def bench(monkeypatch, tmp_path):
     yield from broker_bench.bench(monkeypatch, tmp_path)
 
 
+def request(bench, op):
+    """Ask as a supervisor does: what is about an image comes with an open file."""
+    if op not in WITH_ARGUMENTS:
+        bench.ask(op, sequence=9)
+    elif op in SAVING | RESTORING:
+        with tempfile.TemporaryFile() as file:
+            bench.send(REQUESTS[op], [file.fileno()])
+    else:
+        bench.send(REQUESTS[op])
+
+
 # The table
 
 
 def test_every_request_of_a_supervisor_is_in_the_table():
-    assert set(PERMITS) == set(Op) - {Op.START, Op.START_PAUSED}
+    assert set(PERMITS) == set(Op) - {Op.START, Op.START_PAUSED, Op.START_RESTORED}
     assert set(TABLE[Role.BROKER].requests) == {op.value for op in Op}
 
 
@@ -61,15 +78,19 @@ def test_a_domain_is_needed_for_all_that_touches_one():
     assert built == {
         *(Op.REBUILD, Op.QUERY, Op.PAUSE, Op.UNPAUSE, Op.RESUME, Op.ASK_POWEROFF, Op.ASK_REBOOT, Op.WITHDRAW),
         *(Op.FORCE_POWEROFF, Op.CONSOLE, Op.DEVICES, Op.PLUG, Op.UNPLUG, Op.REBRIDGE, Op.SETTLE),
+        *(Op.SAVE, Op.CHECKPOINT),
     }
-    assert {op for op, permit in PERMITS.items() if permit.phases == {VmPhase.ABSENT}} == {Op.BUILD, Op.BUILD_PAUSED}
+    absent = {op for op, permit in PERMITS.items() if permit.phases == {VmPhase.ABSENT}}
+    assert absent == {Op.BUILD, Op.BUILD_PAUSED, Op.RESTORE, Op.RESTORE_PAUSED}
 
 
 def test_everything_has_a_limit():
     assert all(0 < permit.per_minute <= 600 and 0 <= permit.deadline_s <= 720 for permit in PERMITS.values())
-    assert {Op.BUILD, Op.BUILD_PAUSED, Op.REBUILD, Op.START, Op.START_PAUSED} == REBUILDING
+    assert {Op.RESTORE, Op.RESTORE_PAUSED, Op.START_RESTORED} == RESTORING
+    assert {Op.BUILD, Op.BUILD_PAUSED, Op.REBUILD, Op.START, Op.START_PAUSED} == REBUILDING - RESTORING
+    assert {Op.SAVE, Op.CHECKPOINT} == SAVING
     assert {Op.DEVICES, Op.PLUG, Op.UNPLUG, Op.REBRIDGE, Op.SETTLE} == ON_DEVICES
-    assert {Op.PLUG, Op.UNPLUG, Op.REBRIDGE} == WITH_ARGUMENTS
+    assert {Op.PLUG, Op.UNPLUG, Op.REBRIDGE, Op.RESTORE, Op.RESTORE_PAUSED, *SAVING} == WITH_ARGUMENTS
 
 
 # What is permitted
@@ -80,13 +101,13 @@ def test_everything_has_a_limit():
 def test_a_request_is_legal_in_its_phases_only(bench, op, phase):
     if phase in PHASES:
         bench.known(PHASES[phase])
-    bench.send(REQUESTS[op]) if op in WITH_ARGUMENTS else bench.ask(op, sequence=9)
+    request(bench, op)
     if phase in PERMITS[op].phases:
         assert bench.silent()
         job, images = bench.job()
         assert (job.op, job.uuid, job.grants) == (op, UUID, bench.grants)
         assert job.domid == (7 if phase is VmPhase.BUILT else -1)
-        assert images == (1 if op in REBUILDING else 0)
+        assert images == (1 if op in REBUILDING | SAVING else 0)
         assert bench.builder.role is (Role.HOTPLUG if op in ON_DEVICES else Role.BUILDER)
     else:
         assert "not possible" in bench.refused(ExitCode.WRONG_STATE)
@@ -94,7 +115,7 @@ def test_a_request_is_legal_in_its_phases_only(bench, op, phase):
         assert bench.acts.of("refused")[0]["op"] == op.value
 
 
-@pytest.mark.parametrize("op", [Op.START, Op.START_PAUSED, *sorted(WITH_ARGUMENTS)])
+@pytest.mark.parametrize("op", [Op.START, Op.START_PAUSED, Op.START_RESTORED, *sorted(WITH_ARGUMENTS)])
 @pytest.mark.parametrize("phase", VmPhase)
 def test_what_is_begun_otherwise_cannot_be_asked_for(bench, op, phase):
     """START by the broker itself, once; a change of devices by a message that says which."""
@@ -135,7 +156,7 @@ def test_one_job_at_a_time(bench):
     running = bench.builder
     for op in WITH_HELPER:
         if op is not Op.DESTROY and VmPhase.BUILT in PERMITS[op].phases:
-            bench.send(REQUESTS[op]) if op in WITH_ARGUMENTS else bench.ask(op, 5)
+            request(bench, op)
             assert "busy with query" in bench.refused(ExitCode.BUSY)
     assert bench.builder is running
     assert not running.killed

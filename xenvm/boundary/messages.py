@@ -36,6 +36,7 @@ from xenvm.boundary.devices import (
     Vif,
     is_bridge,
 )
+from xenvm.boundary.images import Image, Inspect, Restore, Save
 from xenvm.boundary.workers import (
     Connect,
     Decrypt,
@@ -62,12 +63,13 @@ if TYPE_CHECKING:
 class Op(StrChoice):
     """What is asked of the broker and of its helpers. In an Ask none has an argument: the broker knows VM and grants.
 
-    PLUG and UNPLUG come to the broker as messages of their own.
+    What needs more comes to the broker as a message of its own.
     """
 
     FIND = "find"
     START = "start"
     START_PAUSED = "start-paused"
+    START_RESTORED = "start-restored"
     BUILD = "build"
     BUILD_PAUSED = "build-paused"
     REBUILD = "rebuild"
@@ -80,6 +82,11 @@ class Op(StrChoice):
     WITHDRAW = "withdraw"
     FORCE_POWEROFF = "force-poweroff"
     DESTROY = "destroy"
+    SAVE = "save"
+    CHECKPOINT = "checkpoint"
+    RESTORE = "restore"
+    RESTORE_PAUSED = "restore-paused"
+    CANCEL = "cancel"
     DEVICES = "devices"
     PLUG = "plug"
     UNPLUG = "unplug"
@@ -217,6 +224,7 @@ class Grants(Checked):
     disks: tuple[DiskGrant, ...]
     nics: tuple[NicGrant, ...]
     device_timeout_s: int
+    image: str = ""
     CHECKS: ClassVar = {
         "uuid": _UUID_TEXT,
         "name": _NAME_TEXT,
@@ -234,6 +242,7 @@ class Grants(Checked):
         "disks": DISK_GRANTS,
         "nics": NIC_GRANTS,
         "device_timeout_s": _SECONDS,
+        "image": _PATH_TEXT,
     }
 
 
@@ -248,7 +257,7 @@ class Policy(Checked):
     device_timeout_s: int
     _ACTION: ClassVar[Check] = string(16, forms.one_of("destroy", "reboot", "preserve"))
     CHECKS: ClassVar = {
-        "startup": string(16, forms.one_of("started", "paused", "shutdown")),
+        "startup": string(16, forms.one_of("started", "paused", "shutdown", "restore", "restore-del")),
         "on_halt": _ACTION,
         "on_reboot": _ACTION,
         "on_crash": _ACTION,
@@ -395,12 +404,19 @@ class Failed(Message):
 
 
 class Progress(Message):
-    """A step of a long request has begun."""
+    """A step of a long request has begun, or is so far; `total_kib` is 0 where the end is not known."""
 
     sequence: int
     step: str
+    done_kib: int = 0
+    total_kib: int = 0
     KIND: ClassVar = 6
-    CHECKS: ClassVar = {"sequence": _SEQUENCE, "step": string(64)}
+    CHECKS: ClassVar = {
+        "sequence": _SEQUENCE,
+        "step": string(64),
+        "done_kib": number(0, 2**52),
+        "total_kib": number(0, 2**52),
+    }
 
 
 class Job(Message):
@@ -562,6 +578,7 @@ KINDS: Final[Mapping[int, type[Message]]] = {
         *(Hello, Init, Ask, Done, Failed, Progress, Job, Watch, Parsed, Outcome),
         *(Plug, Unplug, Rebridge, Created, Ready, Join, Serve, Served, Connect, Decrypt, Release),
         *(Unpack, Unpacked, Sum, Summed),
+        *(Save, Restore, Inspect, Image),
     )
 }
 

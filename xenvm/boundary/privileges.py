@@ -4,7 +4,7 @@
 Processes confine themselves from it, the audit compares live processes with it, and SECURITY.md prints it.
 
 The kinds of descriptors: "/dev/null" and other device paths stand for themselves, "log" is the monitor's log file,
-"file" any regular file, "block" any block device, "pty" any pseudo-terminal, "socket" any socket, and
+"file" any regular file, "pipe" any pipe, "block" any block device, "pty" any pseudo-terminal, "socket" any socket, and
 "anon_inode:..." is what the kernel shows in /proc/PID/fd.
 """
 
@@ -33,6 +33,7 @@ class Role(StrChoice):
     STORAGE = "storage"
     SIMULATOR = "simulator"
     UNPACKER = "unpacker"
+    STREAM = "stream"
 
 
 class Landlock(StrChoice):
@@ -106,6 +107,7 @@ FILE: Final = "file"
 BLOCK: Final = "block"
 PTY: Final = "pty"
 SOCKET: Final = "socket"
+PIPE: Final = "pipe"
 EPOLL: Final = "anon_inode:[eventpoll]"
 PIDFD: Final = "anon_inode:[pidfd]"
 PRIVCMD: Final = "/dev/xen/privcmd"
@@ -173,10 +175,12 @@ _PARSER_SYSCALLS: Final = BASE_SYSCALLS - _names(
 )
 
 # libxenctrl and libxenguest: hypercalls are ioctls, guest memory is mapped and locked, images are read and written
-# through passed descriptors, which are flushed and dropped from the page cache behind the writer.
+# through passed descriptors, which are flushed and dropped from the page cache behind the writer. Of a save image are
+# asked its file system's free space, and holes are made where pages are zero.
 _BUILDER_SYSCALLS: Final = BASE_SYSCALLS | _names(
     """
     mlock munlock pwrite64 pwritev preadv ftruncate fsync fdatasync sync_file_range fadvise64 uname sysinfo
+    fallocate fstatfs preadv2
     """,
 )
 
@@ -195,6 +199,10 @@ _BUILDER_REQUESTS: Final = (
     "withdraw",
     "force-poweroff",
     "destroy",
+    "save",
+    "checkpoint",
+    "restore",
+    "restore-paused",
     "console",
 )
 _HOTPLUG_REQUESTS: Final = ("devices", "plug", "unplug", "rebridge", "settle")
@@ -203,6 +211,8 @@ _BROKER_REQUESTS: Final = (
     *_HOTPLUG_REQUESTS,
     "start",
     "start-paused",
+    "start-restored",
+    "cancel",
     "console-log",
     "read-config",
     "started",
@@ -237,7 +247,7 @@ _ROWS: Final = (
         syscalls=None,
         landlock=Landlock.UNRESTRICTED,
         descriptors=_frozen({}),
-        extra_descriptors=frozenset({SOCKET, FILE, BLOCK, PTY, EPOLL, PIDFD}),
+        extra_descriptors=frozenset({SOCKET, FILE, BLOCK, PTY, PIPE, EPOLL, PIDFD}),
         # Children inherit the limits and cannot raise them, so only what suits all of them is here.
         limits=_limits(NOFILE=256),
         lifetime=MONITOR,
@@ -303,6 +313,7 @@ _ROWS: Final = (
                 SOCKET,
                 FILE,
                 BLOCK,
+                PIPE,
                 NULL,
                 PRIVCMD,
                 "/dev/xen/hypercall",
@@ -410,6 +421,22 @@ _ROWS: Final = (
         limits=_limits(NPROC=0, FSIZE=1 << 30, NOFILE=32, AS=3 << 30, CPU=300),
         lifetime=ONE_REQUEST,
         requests=("unpack", "sum"),
+    ),
+    Row(
+        role=Role.STREAM,
+        user="xenvm-stream",
+        capabilities=frozenset(),
+        no_new_privs=True,
+        # splice moves the pages of a checked record from the image to the builder.
+        syscalls=_PARSER_SYSCALLS | {"preadv2", "splice"},
+        landlock=Landlock.NOTHING,
+        # 3 the broker; the image and the pipe to the builder come with the request
+        descriptors=_frozen({3: SOCKET}),
+        extra_descriptors=frozenset({FILE, PIPE}),
+        # An image that needs more than this to be understood is an attack: 256 MiB of addresses.
+        limits=_limits(NPROC=0, FSIZE=LOG_SIZE_LIMIT, NOFILE=32, AS=256 << 20),
+        lifetime=ONE_REQUEST,
+        requests=("inspect",),
     ),
 )
 

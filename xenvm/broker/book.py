@@ -30,6 +30,8 @@ class Book:
         self._servers: dict[int, str] = {}
         self.known: set[tuple[Kind, int]] = set()
         """The devices that the domain was last seen to have."""
+        self.saved = False
+        """The guest is in an image, as far as is known; its domain may be gone."""
 
     def wanted(self, grants: Grants) -> Wanted:
         """Return what a new domain gets: the config's devices (without empty CD drives) and the added ones."""

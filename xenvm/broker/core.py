@@ -13,7 +13,7 @@ import os
 import select
 import time
 
-from xenvm.boundary.devices import Kind, NicGrant
+from xenvm.boundary.images import Image
 from xenvm.boundary.messages import (
     NO_DOMAIN,
     Ask,
@@ -24,25 +24,32 @@ from xenvm.boundary.messages import (
     Failed,
     Grants,
     Hello,
-    Job,
     Op,
     Phase,
-    Plug,
     Policy,
     Progress,
     Ready,
-    Rebridge,
-    Unplug,
 )
 from xenvm.boundary.privileges import Role
-from xenvm.broker import findings, host, strays, uevents
+from xenvm.broker import findings, host, images, strays, uevents
 from xenvm.broker.book import Book
 from xenvm.broker.children import Child
-from xenvm.broker.phases import ON_DEVICES, PERMITS, REBUILDING, START_DEADLINE_S, WITH_ARGUMENTS, VmPhase
-from xenvm.broker.plugging import Plugging, Wanted
+from xenvm.broker.phases import (
+    LOOKED_UP,
+    ON_DEVICES,
+    PERMITS,
+    REBUILDING,
+    RESTORING,
+    SAVING,
+    START_DEADLINE_S,
+    WITH_ARGUMENTS,
+    VmPhase,
+    extra_s,
+)
+from xenvm.broker.requests import REQUESTS, change_of, note, op_of, undone
 from xenvm.broker.spares import Spares
 from xenvm.broker.uevents import Uevents
-from xenvm.broker.work import POSTPONED_LIMIT, Change, Work, allow, ask_once, failed, forget
+from xenvm.broker.work import POSTPONED_LIMIT, Change, Work, allow, failed, forget, look_again
 from xenvm.context import suppress
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 
@@ -55,16 +62,16 @@ if TYPE_CHECKING:
     from xenvm.boundary.messages import HostPolicy
     from xenvm.broker.actlog import ActLog
     from xenvm.broker.kernels import Kernel
+    from xenvm.broker.plugging import Plugging
+    from xenvm.broker.requests import Request
 
     Reload = Callable[[], tuple[Grants, Policy, dict[str, str]]]
-    Request = Plug | Unplug | Rebridge
 
 RESTARTS_PER_MINUTE: Final = 5
 WATCHER_PAUSE_S: Final = 1.0  # before it is started again, and twice as long each time: xenstored may be starting too
 LISTENER_THERE, WATCHER_THERE, SUPERVISOR_THERE = 4, 5, 4
-LOOKED_UP: Final = frozenset({Op.FIND, Op.START, Op.START_PAUSED, Op.SETTLE})  # after these every device is known
 SELDOM_FOLLOWED: Final = frozenset({Op.FIND, Op.DESTROY, Op.SETTLE})  # no helper is made ready after these
-STARTUP_OPS: Final = {"started": Op.START, "paused": Op.START_PAUSED, "shutdown": Op.FIND}
+STARTUP_OPS: Final = {"started": Op.START, "paused": Op.START_PAUSED, "shutdown": Op.FIND}  # else: from an image
 
 
 class Broker:
@@ -115,7 +122,7 @@ class Broker:
     def run(self, wakeup: int) -> int:
         """Serve until the supervisor asks to quit or a signal arrives on `wakeup`; return the exit status."""
         try:
-            self._begin(0, STARTUP_OPS[self._policy.startup], START_DEADLINE_S)
+            self._begin(0, STARTUP_OPS.get(self._policy.startup, Op.START_RESTORED), START_DEADLINE_S)
             self._start_supervisor(first=True)
             self._start_watcher()
             while not self._quitting:
@@ -250,7 +257,7 @@ class Broker:
             return False
         if isinstance(message, Ask):
             return message.op is not Op.DESTROY and message.op in PERMITS and PERMITS[message.op].deadline_s > 0
-        return isinstance(message, Plug | Unplug | Rebridge)
+        return isinstance(message, REQUESTS)
 
     def _take(self, child: Child, message: Message, descriptors: list[int]) -> None:
         """Act on one message of a child; one that is out of place ends it."""
@@ -262,10 +269,10 @@ class Broker:
             descriptors.clear()
         elif child is self._supervisor and isinstance(message, Ask):
             self._answer(message)
-        elif child is self._supervisor and isinstance(message, Plug | Unplug | Rebridge):
+        elif child is self._supervisor and isinstance(message, REQUESTS):
             self._change(message, descriptors)
         elif work and child is work.builder and isinstance(message, Progress):
-            self._to_supervisor(Progress(work.sequence, message.step))
+            self._to_supervisor(message.but(sequence=work.sequence))
         elif work and child is work.builder and isinstance(message, Created) and not work.created:
             self._created(work, message)
         elif work and child is work.builder and isinstance(message, Done | Failed):
@@ -281,6 +288,8 @@ class Broker:
         elif work and work.plugging and child in work.plugging.children:
             handed, descriptors[:] = [*descriptors], []
             self._plugged(work, lambda plugging: plugging.take(child, message, handed))
+        elif work and work.feed and child is work.feed.child and isinstance(message, Image | Failed):
+            self._to_builder(work, work.feed.take(message))
         else:
             self._acts.append("protocol", role=child.role.value, pid=child.pid, why="message out of place")
             child.end()
@@ -297,6 +306,9 @@ class Broker:
             return
         if work and work.kernel and child is work.kernel.child:
             self._unpacked(work, lambda kernel: kernel.gone())
+            return
+        if work and work.feed and child is work.feed.child:
+            self._to_builder(work, work.feed.gone())
             return
         if self._keeping and child is self._keeping.child:
             self._keeping.close()
@@ -341,6 +353,9 @@ class Broker:
             elif ask.op is Op.QUIT:
                 self._acts.append("quit")
                 self._quitting = True
+            elif ask.op is Op.CANCEL:
+                self._cancel_image()
+                self._to_supervisor(Done(ask.sequence, self._known(), ""))
             elif ask.op is Op.CONSOLE_LOG:
                 self._acts.append("console-log", name=self._grants.name)
                 self._hand_over(ask.sequence, host.open_console_log(self._grants.name))
@@ -354,27 +369,23 @@ class Broker:
             self._to_supervisor(failed(ask.sequence, error, self._known()))
 
     def _change(self, request: Request, descriptors: list[int]) -> None:
-        """Begin a change of the running guest's devices."""
-        op = {Plug: Op.PLUG, Unplug: Op.UNPLUG, Rebridge: Op.REBRIDGE}[type(request)]
-        timeout_s = self._grants.device_timeout_s
+        """Begin what comes with arguments: a change of the running guest's devices, a save image."""
+        op = op_of(request)
         try:
             self._permit(op)
-            if isinstance(request, Unplug):
-                change = Change(
-                    Wanted(), (request.kind, request.device), request.disc, request.force, request.timeout_s
-                )
-            elif isinstance(request, Plug):
-                change = Change(self._book.plug(request, self._grants, descriptors), timeout_s=timeout_s)
-                self._acts.append("plug", devices=[part.as_body() for part in (*request.disks, *request.nics)])
-            else:
-                nic = NicGrant(request.device, request.bridge, "00:00:00:00:00:00")
-                change = Change(Wanted((), (self._book.bridged(nic, self._grants),)), timeout_s=timeout_s)
+            change = change_of(request, self._book, self._grants, descriptors, self._acts)
             self._begin(request.sequence, op, PERMITS[op].deadline_s + change.timeout_s, change)
             if self._work:
                 self._work.held[:], descriptors[:] = descriptors, []
         except XenvmError as error:
             self._acts.append("refused", op=op.value, why=error.message[:200])
             self._to_supervisor(failed(request.sequence, error, self._known()))
+
+    def _cancel_image(self) -> None:
+        if not self._work or self._work.op not in SAVING | RESTORING:
+            raise XenvmError("nothing runs that could be cancelled", code=ExitCode.WRONG_STATE)
+        self._work.cancelled = True
+        self._finish()
 
     def _permit(self, op: Op, *, plain: bool = False) -> None:
         permit = PERMITS.get(op) if not plain or op not in WITH_ARGUMENTS else None
@@ -418,15 +429,17 @@ class Broker:
     # Jobs
 
     def _begin(self, sequence: int, op: Op, deadline_s: float, change: Change | None = None) -> None:
-        grants = self._grants
+        grants, change = self._grants, change or Change()
         if op in REBUILDING:
-            change = Change(self._book.wanted(grants), timeout_s=grants.device_timeout_s)
-        change = change or Change()
-        images = host.open_images(grants) if op in REBUILDING else []
+            change = change.but(wanted=self._book.wanted(grants), timeout_s=grants.device_timeout_s)
+        if op is Op.START_RESTORED:
+            change = change.but(image=images.open_granted(grants.image, self._acts))
+        deadline_s += extra_s(op, grants.memory_max_mib)
+        files = host.open_images(grants) if op in REBUILDING - RESTORING else []
         self._acts.append("job", op=op.value, domid=self._domid)
         role = Role.HOTPLUG if op in ON_DEVICES else Role.BUILDER
         work = Work(sequence, op, self._spares.take(role), deadline_s, change)
-        work.begin(self._domid, grants, images, self._log, self._spares)
+        work.begin(self._domid, grants, files, self._log, self._spares)
         self._work = work
         if op is Op.QUERY:  # a guest that has rebooted needs the next builder at once
             self._spares.make_ready(role)
@@ -437,7 +450,7 @@ class Broker:
         if work.op in REBUILDING:
             self._book.seen(created.devices)
             self._book.domain_gone(for_good=False)
-            self._clear_strays()
+            strays.tidy(self._grants.uuid, self._book, self._log, self._acts)
         self._plugged(work, lambda plugging: plugging.begin(created.domid))
 
     def _plugged(self, work: Work, step: Callable[[Plugging], None]) -> None:
@@ -453,6 +466,10 @@ class Broker:
             plugging.close(succeeded=False)
             work.plugging = None
             answer = failed(0, error, NO_DOMAIN)
+        self._to_builder(work, answer)
+
+    def _to_builder(self, work: Work, answer: Message | None) -> None:
+        """Answer the helper of a job in the middle of it."""
         if answer:
             with suppress(ProtocolError):  # it has ended: its end is dealt with as such
                 work.builder.channel.send(answer)
@@ -476,13 +493,19 @@ class Broker:
         self._work = None
         work.stop()
         message = work.outcome(self._known())
+        if isinstance(message, Failed) and work.feed and work.feed.failure:  # the builder saw the end of its pipe only
+            message = work.feed.failure
         self._acts.append("result", op=work.op.value, pid=work.builder.pid, result=type(message).__name__)
         if isinstance(message, Done):
-            self._note_devices(work, message)
+            note(self._book, work, message)
+            if not work.created and work.op in LOOKED_UP:
+                strays.tidy(self._grants.uuid, self._book, self._log, self._acts)
             if work.kernel and not (self._keeping and self._keeping.children) and work.kernel.keep():
                 self._keeping, work.kernel = work.kernel, None
             if work.op not in ON_DEVICES:
                 self._learn(message.domain)
+            if work.op is Op.START_RESTORED and self._policy.startup == "restore-del" and message.text:
+                images.remove(self._grants.image, work.change.image, self._acts)
             work.close()
             self._pass_on(work, message)
         elif isinstance(message, Failed):
@@ -495,7 +518,9 @@ class Broker:
                     made = self._tidy_up(work.sequence, before)
             answer = made or work.answer or Failed(work.sequence, message.fault, self._known())
             if work.op is Op.PLUG and work.result is None:
-                self._take_back(work, answer)
+                self._first(work, Op.UNPLUG, answer, undone(work))
+            elif work.op in SAVING and work.result is None:
+                self._first(work, Op.RESUME, answer)
             else:
                 self._to_supervisor(answer)
         seldom = SELDOM_FOLLOWED | (REBUILDING if isinstance(message, Failed) else set())
@@ -504,25 +529,9 @@ class Broker:
             if work.change.wanted.vifs and work.op in ON_DEVICES:
                 self._spares.make_ready(Role.NETWORK)
 
-    def _note_devices(self, work: Work, done: Done) -> None:
-        """Learn of devices from a job that has succeeded."""
-        if work.op is Op.PLUG:
-            self._book.added(work.change.wanted)
-        elif work.op is Op.UNPLUG and work.change.gone:
-            self._book.removed(*work.change.gone)
-        if work.op in REBUILDING | ON_DEVICES | {Op.FIND}:
-            self._book.seen(done.devices)
-        if done.domain.state is DomainState.ABSENT and work.op not in ON_DEVICES:
-            self._book.domain_gone(for_good=True)
-        if not work.created and work.op in LOOKED_UP:
-            self._clear_strays()
-
-    def _take_back(self, work: Work, answer: Message) -> None:
-        """Remove a device whose hotplug worker died over it; only then the answer is given."""
-        wanted = work.change.wanted
-        place = (Kind.VBD, wanted.disks[0].device) if wanted.disks else (Kind.VIF, wanted.vifs[0].id)
-        change = Change(gone=place, force=True, timeout_s=1)
-        self._begin(work.sequence, Op.UNPLUG, PERMITS[Op.UNPLUG].deadline_s, change)
+    def _first(self, work: Work, op: Op, answer: Message, change: Change | None = None) -> None:
+        """Undo what a job has left by another one; only after that the answer to it is given."""
+        self._begin(work.sequence, op, PERMITS[op].deadline_s, change)
         if self._work:
             self._work.answer = answer
 
@@ -531,7 +540,8 @@ class Broker:
             self._to_supervisor(work.answer)
             return
         if work.op is not Op.CONSOLE:
-            domain, text = (self._known(), done.text) if work.op in ON_DEVICES else (done.domain, "")
+            domain = self._known() if work.op in ON_DEVICES else done.domain
+            text = done.text if work.op in ON_DEVICES | SAVING else ""
             if work.op in (Op.DEVICES, Op.SETTLE):
                 left = strays.find(self._grants.uuid, self._book.disks, self._book.servers)
                 text = "\n".join([*findings.of_host(), *left.sentences()])
@@ -564,27 +574,12 @@ class Broker:
         A failure is logged, and the record in xenstore lets the next look or start retry.
         """
         builder = Child(Role.BUILDER, self._log, {}, self._grants.uuid)
-        self._acts.append("job", op="find", domid=-1, pid=builder.pid)
-        try:
-            answer = ask_once(
-                builder, Job(Op.FIND, self._grants.uuid, -1, self._grants), PERMITS[Op.DESTROY].deadline_s
-            )
-        except XenvmError as error:
-            self._acts.append("result", op="find", result=error.message[:200])
-            return None
-        self._acts.append("result", op="find", result=type(answer).__name__)
-        self._learn(answer.domain)
+        answer = look_again(builder, self._grants, PERMITS[Op.DESTROY].deadline_s, self._acts)
+        if answer:
+            self._learn(answer.domain)
         if not isinstance(answer, Done):
             return None
         self._book.seen(answer.devices)
         self._book.domain_gone(for_good=answer.domain.state is DomainState.ABSENT)
         served = any(state.server for state in answer.devices)  # by servers that have been ended
         return None if served or answer.domain.domid in (-1, before) else answer.but(sequence=sequence)
-
-    def _clear_strays(self) -> None:
-        """Remove what dead workers of this VM's disks left; a failure is logged, and `doctor` still shows it."""
-        try:
-            uuid = self._grants.uuid
-            strays.clear(strays.find(uuid, self._book.disks, self._book.servers), uuid, self._log)
-        except XenvmError as error:
-            self._acts.append("left", why=error.message[:200])

@@ -48,6 +48,11 @@ PERMITS: Final[Mapping[Op, Permit]] = MappingProxyType(
         Op.WITHDRAW: Permit(_BUILT, 120, 30),
         Op.FORCE_POWEROFF: Permit(_BUILT, 120, 30),
         Op.DESTROY: Permit(_ANY, 120, 180),
+        Op.SAVE: Permit(_BUILT, 30, 120),
+        Op.CHECKPOINT: Permit(_BUILT, 30, 120),
+        Op.RESTORE: Permit(_ABSENT, 30, 720),
+        Op.RESTORE_PAUSED: Permit(_ABSENT, 30, 720),
+        Op.CANCEL: Permit(_ANY, 120, 0),
         Op.DEVICES: Permit(_BUILT, 600, 30),
         Op.PLUG: Permit(_BUILT, 600, 120),
         Op.UNPLUG: Permit(_BUILT, 600, 60),
@@ -60,14 +65,30 @@ PERMITS: Final[Mapping[Op, Permit]] = MappingProxyType(
         Op.QUIT: Permit(_ANY, 10, 0),
     }
 )
-"""START and START_PAUSED are not here: the broker begins those by itself, once."""
+"""START, START_PAUSED and START_RESTORED are not here: the broker begins those by itself, once."""
 
 START_DEADLINE_S: Final = 720.0
-REBUILDING: Final = frozenset({Op.START, Op.START_PAUSED, Op.BUILD, Op.BUILD_PAUSED, Op.REBUILD})
-"""What needs kernel and devices, and what leaves half a domain behind when its helper dies."""
+IMAGE_S_PER_MIB: Final = 0.5
+
+SAVING: Final = frozenset({Op.SAVE, Op.CHECKPOINT})
+"""What leaves the guest suspended when its helper dies."""
+
+RESTORING: Final = frozenset({Op.RESTORE, Op.RESTORE_PAUSED, Op.START_RESTORED})
+"""What reads an image."""
+
+REBUILDING: Final = RESTORING | {Op.START, Op.START_PAUSED, Op.BUILD, Op.BUILD_PAUSED, Op.REBUILD}
+"""What makes devices, and what leaves half a domain behind when its helper dies."""
 
 ON_DEVICES: Final = frozenset({Op.DEVICES, Op.PLUG, Op.UNPLUG, Op.REBRIDGE, Op.SETTLE})
 """What a hotplug worker does, beside a domain that runs."""
 
-WITH_ARGUMENTS: Final = frozenset({Op.PLUG, Op.UNPLUG, Op.REBRIDGE})
+WITH_ARGUMENTS: Final = frozenset({Op.PLUG, Op.UNPLUG, Op.REBRIDGE, Op.RESTORE, Op.RESTORE_PAUSED}) | SAVING
 """What comes as a message of its own, never as a plain Ask."""
+
+LOOKED_UP: Final = frozenset({Op.FIND, Op.START, Op.START_PAUSED, Op.START_RESTORED, Op.SETTLE})
+"""After these every device is known."""
+
+
+def extra_s(op: Op, memory_mib: int) -> float:
+    """Return what reading or writing an image may take beyond the deadline; 0 for all that has none."""
+    return memory_mib * IMAGE_S_PER_MIB if op in SAVING | RESTORING else 0.0

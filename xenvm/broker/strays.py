@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection
     from typing import Final
 
+    from xenvm.broker.actlog import ActLog
+    from xenvm.broker.book import Book
+
 RELEASE_WAIT_S: Final = 30.0
 COMMAND_BYTES: Final = 4096
 BLOCK_DEVICES: Final = f"{HERE.sysfs}/block"
@@ -65,6 +68,14 @@ def clear(strays: Strays, uuid: str, log: int) -> None:
     answer = ask_once(Child(Role.STORAGE, log, {}, uuid), Release(strays.mappings, strays.nbds), RELEASE_WAIT_S)
     if isinstance(answer, Failed):
         raise XenvmError(answer.fault.message, hint=answer.fault.hint)
+
+
+def tidy(uuid: str, book: Book, log: int, acts: ActLog) -> None:
+    """Remove what dead workers of this VM's disks left; a failure is logged, and `doctor` still shows it."""
+    try:
+        clear(find(uuid, book.disks, book.servers), uuid, log)
+    except XenvmError as error:
+        acts.append("left", why=error.message[:200])
 
 
 def _unused(name: str, uuid: str, used: Collection[int]) -> bool:

@@ -7,9 +7,11 @@ import os
 import time
 
 from xenvm.boundary.devices import Kind
-from xenvm.boundary.messages import Done, Failed, Fault, Job
+from xenvm.boundary.messages import Done, Failed, Fault, Job, Op
 from xenvm.boundary.privileges import Role
+from xenvm.broker.images import Feed
 from xenvm.broker.kernels import Kernel
+from xenvm.broker.phases import RESTORING, SAVING
 from xenvm.broker.plugging import Plugging, Wanted
 from xenvm.context import suppress
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
     from typing import Final
 
     from xenvm.boundary.checks import Message
-    from xenvm.boundary.messages import Domain, Grants, Op
+    from xenvm.boundary.messages import Domain, Grants
+    from xenvm.broker.actlog import ActLog
     from xenvm.broker.children import Child
     from xenvm.broker.spares import Spares
 
@@ -28,9 +31,9 @@ POSTPONED_LIMIT: Final = 16  # an honest supervisor asks for one thing after the
 
 
 class Change(Record):
-    """A change of devices: what is to be plugged, or taken away; `timeout_s` is how long a guest may take.
+    """What a job is about: devices to be plugged or taken away, or a save image, as an open descriptor (-1: none).
 
-    With `disc` only a disc in a CD drive is taken away.
+    `timeout_s` is how long a guest may take. With `disc` only a disc in a CD drive is taken away.
     """
 
     wanted: Wanted = Wanted()
@@ -38,6 +41,7 @@ class Change(Record):
     disc: bool = False
     force: bool = False
     timeout_s: int = 40
+    image: int = -1
 
     def job(self, op: Op, domid: int, grants: Grants, plugging: Plugging | None) -> Job:
         """Return what a builder or hotplug worker is told of it."""
@@ -47,6 +51,15 @@ class Change(Record):
             *(op, grants.uuid, domid, grants, planned, self.wanted.vifs, *place),
             *(self.disc, self.force, self.timeout_s),
         )
+
+
+def how_it_failed(work: Work) -> XenvmError:
+    """Say why a job has ended without a result."""
+    if work.cancelled:
+        return XenvmError(f"{work.op}: cancelled")
+    if time.monotonic() >= work.end:
+        return XenvmError(f"{work.op}: no answer within {work.deadline_s:g} s", code=ExitCode.TIMED_OUT)
+    return XenvmError(f"{work.op}: its {work.builder.role} {work.builder.how()}")
 
 
 class Work:
@@ -61,7 +74,8 @@ class Work:
         self.result: Message | None = None
         self.change = change
         self.plugging: Plugging | None = None
-        self.created = False
+        self.feed: Feed | None = None
+        self.created = self.cancelled = False
         self.answer: Message | None = None
         """What to tell at the end instead of how it went: this only tidies up behind something that failed."""
         self.held: list[int] = []
@@ -83,6 +97,9 @@ class Work:
             if wanted.disks or wanted.vifs:
                 network = spares.take(Role.NETWORK) if wanted.vifs else None
                 self.plugging = Plugging(grants.uuid, log, wanted, self.change.timeout_s, network)
+            if self.op in RESTORING and self.change.image >= 0:
+                self.feed = Feed(grants.uuid, log, self.change.image)
+                self.held[:] = [self.change.image] if self.op is Op.START_RESTORED else []  # else it is the request's
             self.job = self.change.job(self.op, domid, grants, self.plugging)
             self.hand_over()
         except XenvmError:
@@ -95,6 +112,7 @@ class Work:
         """The processes that work on it; one that has ended and is forgotten is not among them."""
         more = [*(self.plugging.children if self.plugging else [])]
         more += self.kernel.children if self.kernel else []
+        more += [self.feed.child] if self.feed else []
         return [child for child in (self.builder, *more) if child.pidfd >= 0]
 
     def hand_over(self) -> None:
@@ -105,12 +123,18 @@ class Work:
         self.job = None
         images = [self.kernel.ready] if self.kernel else []
         images += [self.initrd] if self.initrd >= 0 else []
+        if self.feed or self.op in SAVING:
+            images = [self.feed.pipe if self.feed else self.change.image]
         with suppress(ProtocolError):  # it has ended already: what it said of that comes next
             self.builder.channel.send(job, images)
+        if self.feed:
+            self.feed.close_pipe()
 
     def stop(self) -> None:
         """End everything that works on it; what it has opened is closed."""
         self.builder.end()
+        if self.feed:
+            self.feed.close()
         if self.plugging:
             self.plugging.close(succeeded=isinstance(self.result, Done))
             self.plugging = None
@@ -120,12 +144,7 @@ class Work:
 
     def outcome(self, known: Domain) -> Message:
         """Return what its helper has answered, or that it did not, and why."""
-        if self.result is not None:
-            return self.result
-        late = time.monotonic() >= self.end
-        why = f"no answer within {self.deadline_s:g} s" if late else f"its {self.builder.role} {self.builder.how()}"
-        code = ExitCode.TIMED_OUT if late else ExitCode.FAILED
-        return failed(self.sequence, XenvmError(f"{self.op}: {why}", code=code), known)
+        return self.result or failed(self.sequence, how_it_failed(self), known)
 
     def close(self) -> None:
         """Close what came with the request, and the kernel."""
@@ -150,6 +169,18 @@ def ask_once(child: Child, message: Message, deadline_s: float) -> Done | Failed
         raise XenvmError(f"the {child.role} worker {child.how()} without an answer")
     finally:
         child.end(grace_ms=2000)
+
+
+def look_again(builder: Child, grants: Grants, deadline_s: float, acts: ActLog) -> Done | Failed | None:
+    """Have a fresh builder remove what is half there, and say what is left; None when it gave no answer."""
+    acts.append("job", op="find", domid=-1, pid=builder.pid)
+    try:
+        answer = ask_once(builder, Job(Op.FIND, grants.uuid, -1, grants), deadline_s)
+    except XenvmError as error:
+        acts.append("result", op="find", result=error.message[:200])
+        return None
+    acts.append("result", op="find", result=type(answer).__name__)
+    return answer
 
 
 def failed(sequence: int, error: XenvmError, domain: Domain) -> Failed:

@@ -55,6 +55,7 @@ _WAITING = frozenset(
     {
         *("shutdown", "halt", "restart", "reboot", "wait"),
         *("disk-add", "disk-del", "cd-insert", "cd-eject", "nic-add", "nic-del", "nic-network-switch"),
+        *("suspend", "checkpoint", "restore"),
     }
 )
 _PASSING_DESCRIPTOR = frozenset({"console", "console-log"})
@@ -189,6 +190,17 @@ class Monitor:
         One wait lasts `reply_timeout_s` seconds, plus the command's own `timeout` where it has one.
         """
         return self._exchange(method, params, lambda _event: None)
+
+    def watch(self, method: str, on_event: Callable[[dict[str, object]], None], /, **params: str) -> Reply:
+        """Like `call`, but hear of events meanwhile; as long as some come, the wait goes on."""
+        handed, self.handed = self.handed, None
+        try:
+            self._exchange("events", {}, on_event)
+        except BaseException:
+            self.handed = handed
+            raise
+        self.handed = handed
+        return self._exchange(method, params, on_event)
 
     def events(self, /, **params: str) -> Iterator[dict[str, object]]:
         """Yield what happens to the VM, for as long as its monitor lives; the request is sent with the first step."""

@@ -274,16 +274,28 @@ def _console(monitor: Monitor, line: Line) -> ExitCode:
     return ExitCode.DONE
 
 
+def _image(monitor: Monitor, line: Line) -> ExitCode:
+    from xenvm.cli import images  # noqa: PLC0415 - most commands do without
+
+    if line.command == "restore":
+        return _show(images.restore(monitor, line.params), line)
+    return _show(images.save(monitor, line.command, line.params), line)
+
+
 def _call(monitor: Monitor, line: Line) -> ExitCode:
     if line.command in ("disk-add", "cd-insert"):
         from xenvm.cli import handover  # noqa: PLC0415 - most commands do without
 
         line.params, monitor.handed = handover.opened(line.command, line.params)
-    reply, code = monitor.call(line.command, **line.params), ExitCode.DONE
+    return _show(monitor.call(line.command, **line.params), line)
+
+
+def _show(reply: Reply, line: Line) -> ExitCode:
+    code = ExitCode.DONE
     if line.command in ("status", "get-status"):
         running = _members(reply).get("running")
         if not isinstance(running, bool):
-            raise ProtocolError(f"{line.command}: monitor {monitor.uuid} does not say whether the VM runs")
+            raise ProtocolError(f"{line.command}: the monitor of {line.target} does not say whether the VM runs")
         code = ExitCode.DONE if running else ExitCode.NOT_RUNNING
     if line.command == "doctor" and reply.data:
         code = ExitCode.FAILED
@@ -312,6 +324,7 @@ def run(line: Line) -> ExitCode:
 
             return batch.run(lambda words: _one_of_many(monitor, line, words))
         special = {"events": _events, "console": _console, "console-log": _console}
+        special |= dict.fromkeys(("suspend", "checkpoint", "restore"), _image)
         return special.get(line.command, _call)(monitor, line)
 
 

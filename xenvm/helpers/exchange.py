@@ -7,20 +7,25 @@ helper then lets the backends go on.
 
 from __future__ import annotations
 
+from xenvm.boundary.images import Image
 from xenvm.boundary.messages import Created, Failed, Ready
 from xenvm.errors import ExitCode, ProtocolError, TimeoutExpiredError, XenvmError
 from xenvm.helpers import devices
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Final
+
     from xenvm.boundary.devices import DeviceState, Vbd
     from xenvm.boundary.frames import Channel
     from xenvm.boundary.messages import Job
     from xenvm.helpers.store import Store
 
+IMAGE_WAIT_S: Final = 86400.0  # the job's own deadline, which the broker keeps, is the one that counts
+
 
 class Devices:
-    """The devices of one job."""
+    """The devices of one job, and the image that it restores."""
 
     def __init__(self, channel: Channel, store: Store, job: Job) -> None:
         self._channel, self._store, self._job = channel, store, job
@@ -44,6 +49,17 @@ class Devices:
         """Wait for the broker's part, then give the backends what they wait for; the guest may run after that."""
         if self._job.vbds or self._job.vifs:
             devices.connect(self._store, self._job.uuid, domid, self.wait(), self._job.vifs)
+
+    def image(self) -> Image:
+        """Wait until the image that is to be restored is checked; raise XenvmError with what is wrong with it."""
+        received = self._channel.receive(deadline_s=IMAGE_WAIT_S)
+        message = received[0] if received else None
+        if isinstance(message, Failed):
+            fault = message.fault
+            raise XenvmError(fault.message, hint=fault.hint, code=ExitCode(fault.code))
+        if not isinstance(message, Image):
+            raise ProtocolError("the broker did not say what the image is")
+        return message
 
     def wait(self) -> tuple[Vbd, ...]:
         """Wait for the broker's part and return the disks with their numbers; raise XenvmError with its reason."""

@@ -23,7 +23,7 @@ from xenvm.config.issue import visible
 from xenvm.config.parse import MAX_FILE_BYTES, ParseResult, parse_bytes
 from xenvm.errors import ConfigError, ProtocolError
 from xenvm.helpers import serve
-from xenvm.model import DiskSpec, DisplayKind, StartupKind, Uuid
+from xenvm.model import DiskSpec, DisplayKind, Uuid
 from xenvm.parser.hostpolicy import NO_POLICY, host_policy, prepare
 
 TYPE_CHECKING = False
@@ -175,6 +175,7 @@ def _grants(config: Config, fresh_uuid: str) -> Grants:
         disks=tuple(_disk(disk) for disk in config.disks),
         nics=tuple(NicGrant(nic.id, nic.bridge or "", nic.mac_for(Uuid(uuid))) for nic in config.nics),
         device_timeout_s=config.device_timeout_s,
+        image=config.startup_file or "",
     )
 
 
@@ -212,7 +213,6 @@ def _not_yet(config: Config, result: ParseResult) -> Iterator[ConfigIssue]:
         "pci": bool(config.pci),
         "display": not config.hvm and config.display.kind is not DisplayKind.NONE,
         "cores_per_socket": config.cores_per_socket is not None,
-        "startup": config.startup in (StartupKind.RESTORE, StartupKind.RESTORE_DELETE),
     }
     for field, given in wanted.items():
         if given:
@@ -225,5 +225,4 @@ UNABLE: Final = {
     "pci": "does not pass PCI devices through",
     "display": "gives PV guests no display",
     "cores_per_socket": "does not shape the processor topology",
-    "startup": "does not restore save images",
 }

@@ -39,6 +39,11 @@ COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
         "shutdown": Command(Event.SHUTDOWN, arguments=frozenset({"timeout", "force", "forced"})),
         "restart": Command(Event.RESTART, arguments=frozenset({"timeout", "force", "forced"})),
         "destroy": Command(Event.DESTROY),
+        "suspend": Command(arguments=frozenset({"file", "live", "timeout"})),
+        "checkpoint": Command(arguments=frozenset({"file", "live", "timeout"})),
+        "restore": Command(arguments=frozenset({"file", "paused", "delete"})),
+        "commit": Command(),
+        "cancel": Command(),
         "disk-list": Command(reading=True),
         "disk-add": Command(arguments=frozenset({"device", "type", "path", "mode", "devtype", "share"})),
         "disk-del": Command(arguments=frozenset({"device", "force", "timeout"})),
@@ -67,8 +72,7 @@ ALIASES: Final[Mapping[str, str]] = MappingProxyType(
 """Names of the original that still serve."""
 
 NOT_HERE: Final[Mapping[str, str]] = MappingProxyType(
-    dict.fromkeys(("suspend", "restore", "checkpoint", "cancel"), "does not save or restore guests")
-    | dict.fromkeys(
+    dict.fromkeys(
         (*("device", "set-nic-backend-dom", "pci-add", "pci-del", "pci-list"),),
         "passes no PCI devices through, and all backends run in dom0",
     )

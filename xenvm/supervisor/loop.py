@@ -27,16 +27,14 @@ from xenvm.boundary.messages import (
 from xenvm.errors import (
     BusyError,
     ExitCode,
-    ProtocolError,
-    TimeoutExpiredError,
     UsageError,
     WrongStateError,
     XenvmError,
 )
-from xenvm.supervisor import commands, devices
-from xenvm.supervisor.control import PARSE_ERROR, REQUEST_WAIT_S, Client, Request, Rights, accept
-from xenvm.supervisor.machine import Happening, Vm, seen, step
-from xenvm.supervisor.pending import Operation, Waiter, error_of
+from xenvm.supervisor import commands, devices, images
+from xenvm.supervisor.desk import Desk
+from xenvm.supervisor.machine import SUSPEND_REASON, Happening, Vm, seen, step
+from xenvm.supervisor.pending import GOALS, Operation, Waiter, error_of
 from xenvm.supervisor.states import ALIVE, ENDED, STABLE, Event, State
 
 TYPE_CHECKING = False
@@ -46,47 +44,44 @@ if TYPE_CHECKING:
     from typing import Final
 
     from xenvm.boundary.frames import Channel
+    from xenvm.supervisor.control import Client, Request
 
 QUERY_PAUSE_S: Final = 1.0  # between two looks at the domain, however many others end on this host
 WAIT_DEFAULT_S: Final = 60.0
-BUILDS: Final = frozenset({Op.START, Op.START_PAUSED, Op.FIND, Op.BUILD, Op.BUILD_PAUSED, Op.REBUILD})
+BUILDS: Final = frozenset(
+    {
+        *(Op.START, Op.START_PAUSED, Op.START_RESTORED, Op.FIND, Op.BUILD, Op.BUILD_PAUSED, Op.REBUILD),
+        *(Op.RESTORE, Op.RESTORE_PAUSED),
+    }
+)
 REQUESTS: Final = frozenset({Op.ASK_POWEROFF, Op.ASK_REBOOT, Op.FORCE_POWEROFF})  # a guest that runs on is no news
-GOALS: Final = {
-    "start": ALIVE,
-    "pause": frozenset({State.PAUSED}),
-    "unpause": frozenset({State.RUNNING}),
-    "shutdown": ENDED | ALIVE,  # on_halt = reboot brings it back
-    "restart": ALIVE,
-    "destroy": frozenset({State.SHUTDOWN}),
-}
 
 
-class Supervisor:
+class Supervisor(Desk):
     """All state of one VM's unprivileged side."""
 
     def __init__(self, broker: Channel, listener: socket.socket, watcher: Channel, init: Init) -> None:
         """Begin in the middle of what the broker does at startup; its outcome comes with sequence 0."""
-        self._broker, self._listener, self._watcher, self._init = broker, listener, watcher, init
-        self._vm = Vm(State.CREATING)
+        super().__init__(listener, init)
+        self._broker, self._watcher = broker, watcher
+        restoring = init.first and init.policy.startup.startswith("restore")
+        self._vm = Vm(State.RESTORING if restoring else State.CREATING)
         self._operation: Operation | None = Operation("start", None, None, time.monotonic())
         self._starting = init.first
-        first_op = {"started": Op.START, "paused": Op.START_PAUSED}.get(init.policy.startup, Op.FIND)
+        first_op = {"started": Op.START, "paused": Op.START_PAUSED, "shutdown": Op.FIND}.get(
+            init.policy.startup, Op.START_RESTORED
+        )
         self._asked: tuple[int, Op] | None = (0, first_op if init.first else Op.FIND)
         self._queue: list[Op] = []
         self._later: list[tuple[Client, Request]] = []
         self._sequence = 0
         self._look_due = 0.0
         self._looked = 0.0
-        self._step = ""
-        self._clients: dict[int, Client] = {}
+        self._step: dict[str, object] = {}
         self._handovers: dict[int, tuple[Client, object]] = {}
         self._device_asks: dict[int, str] = {}
         self._nics: frozenset[int] = frozenset()
-        self._waiters: list[Waiter] = []
-        self._rights = Rights(init.all_gid, init.read_gid)
-        self._epoll = select.epoll()
         self._revive = False
-        self._serving = False
 
     def run(self) -> int:
         """Serve until the broker ends; return the exit status."""
@@ -111,10 +106,11 @@ class Supervisor:
 
     def _timeout_s(self) -> float:
         """Return how long to sleep: -1, for ever, when nothing is due."""
-        due = [waiter.end for waiter in self._waiters]
-        due += [client.begun_s + REQUEST_WAIT_S for client in self._clients.values() if client.partial]
+        due = self._client_deadlines()
         if self._operation and self._operation.deadline_s:
             due.append(self._operation.deadline_s)
+        if self._operation and self._operation.commit_due_s:
+            due.append(self._operation.commit_due_s)
         if self._look_due and not self._asked:
             due.append(self._look_due)
         return max(0.0, min(due) - time.monotonic()) if due else -1
@@ -136,20 +132,9 @@ class Supervisor:
                 f"a guest without a shutdown daemon ignores the request; {operation.name} force=true does not ask",
             )
             self._happen(Happening(event, now_s, fault=None if operation.force else fault))
-        for waiter in [waiter for waiter in self._waiters if now_s >= waiter.end]:
-            if waiter not in self._waiters:  # dropped by what another one's answer led to
-                continue
-            self._waiters.remove(waiter)
-            waiter.client.refuse(
-                waiter.identifier,
-                TimeoutExpiredError(
-                    f"wait: the VM was not {waiter.state} within {waiter.timeout_s:g} s; it is {self._vm.state}"
-                ),
-            )
-            self._serve(waiter.client)
-        for client in list(self._clients.values()):
-            if client.partial and now_s >= client.begun_s + REQUEST_WAIT_S:
-                self._drop(client)
+        if operation and operation.commit_due_s and now_s >= operation.commit_due_s:
+            self._abandon("the image was not taken over in time")
+        self._expire(now_s, self._vm.state)
 
     # Broker and watcher
 
@@ -175,8 +160,10 @@ class Supervisor:
             self._init = message
             self._publish("config", {})
         elif isinstance(message, Progress):
-            self._step = message.step
-            self._publish("progress", {"step": message.step})
+            self._step = {"step": message.step}
+            if message.total_kib:
+                self._step |= {"done_kib": message.done_kib, "total_kib": message.total_kib}
+            self._publish("progress", self._step)
         elif isinstance(message, Done | Failed) and message.sequence in {*self._handovers, *self._device_asks}:
             if self._asked and self._asked[0] == message.sequence:
                 self._asked = None
@@ -184,7 +171,7 @@ class Supervisor:
             self._go_on()
             return True
         elif isinstance(message, Done | Failed) and self._asked and message.sequence == self._asked[0]:
-            op, self._asked, self._step = self._asked[1], None, ""
+            op, self._asked, self._step = self._asked[1], None, {}
             self._outcome(op, message)
             self._serve_clients()
             self._go_on()
@@ -204,6 +191,8 @@ class Supervisor:
 
     def _outcome(self, op: Op, message: Done | Failed) -> None:
         now_s = time.monotonic()
+        if op is Op.CHECKPOINT and self._operation and isinstance(message, Done):
+            self._operation.told = images.size(message.text)
         if isinstance(message, Failed):
             self._debug(f"{op} failed: {message.fault.message}")
             self._failed(op, message)
@@ -212,6 +201,8 @@ class Supervisor:
         elif op is Op.WITHDRAW:
             self._happen(Happening(Event.WITHDRAWN, now_s))
             self._look_soon(now_s)
+        elif op is Op.SAVE:
+            self._saved(message)
         elif op in BUILDS:
             self._nics = devices.cards(message)
             self._found(op, message.domain, now_s)
@@ -231,9 +222,10 @@ class Supervisor:
             self._happen(seen(self._vm, self._init.policy, domain, now_s))
         elif domain.state is DomainState.SHUTDOWN:
             self._vm = self._vm.but(domid=domain.domid)
-            self._revive = self._starting and self._init.policy.startup != "shutdown"
+            starts = self._init.policy.startup in ("started", "paused") and domain.reason != SUSPEND_REASON
+            self._revive = self._starting and starts
             self._happen(seen(self._vm, self._init.policy, domain, now_s))
-        elif self._vm.state is State.CREATING:
+        elif self._vm.state in (State.CREATING, State.RESTORING):
             self._happen(Happening(Event.ABSENT, now_s))
         else:
             self._happen(seen(self._vm, self._init.policy, domain, now_s))
@@ -247,6 +239,8 @@ class Supervisor:
         else:
             event = Event.FAILED_UP
         self._happen(Happening(event, now_s, message.domain.domid, fault=message.fault))
+        if op in (Op.SAVE, Op.CHECKPOINT, Op.RESUME):  # what the guest did meanwhile was not looked at
+            self._look_soon(now_s)
 
     def _from_watcher(self) -> None:
         """Something ended on this host: look soon, however many such events there are."""
@@ -269,12 +263,7 @@ class Supervisor:
         if (self._vm.state, self._vm.domid) != (before.state, before.domid):
             self._log(f"state={self._vm.state} domid={self._vm.domid} event={happening.event!s} {self._vm.reason}")
             self._publish("state", {"reason": self._vm.reason})
-            for waiter in [waiter for waiter in self._waiters if waiter.state is self._vm.state]:
-                if waiter not in self._waiters:  # dropped by what another one's answer led to
-                    continue
-                self._waiters.remove(waiter)
-                waiter.client.reply(waiter.identifier, "", {"state": self._vm.state})
-                self._serve(waiter.client)
+            self._wake(self._vm.state)
         settled = op is None and self._vm.state in STABLE
         moved = self._vm.state is not before.state or self._vm.fault is not before.fault
         if self._operation and settled and (moved or self._operation.name == "destroy"):
@@ -291,6 +280,10 @@ class Supervisor:
                 self._ask(op)
             return
         self._operation = None
+        for client, identifier in operation.cancelled_by:
+            if client.fileno() >= 0:
+                client.reply(identifier, "", self._status())
+                self._serve(client)
         if fault is None and self._vm.state not in GOALS[operation.name] and operation.client:
             why = f": {self._vm.reason}" if self._vm.reason else ""
             fault = Fault(int(ExitCode.FAILED), f"{operation.name}: the VM is {self._vm.state}{why}", "")
@@ -302,7 +295,7 @@ class Supervisor:
         if fault:
             operation.client.refuse(operation.identifier, error_of(fault))
         else:
-            operation.client.reply(operation.identifier, "", self._status())
+            operation.client.reply(operation.identifier, "", self._status() | operation.told)
         self._serve(operation.client)
 
     def _report_start(self, fault: Fault | None) -> None:
@@ -317,59 +310,16 @@ class Supervisor:
 
     # Clients
 
-    def _accept(self) -> None:
-        client = accept(self._listener, self._rights, list(self._clients.values()))
-        if client is not None:
-            self._clients[client.fileno()] = client
-            self._epoll.register(client.fileno(), select.EPOLLIN)
-
-    def _from_client(self, client: Client, events: int) -> None:
-        if events & select.EPOLLOUT and not client.flush():
-            self._drop(client)
-            return
-        if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR) and not client.read():
-            self._drop(client)
-            return
-        self._serve(client)
-
-    def _serve(self, client: Client) -> None:
-        """Answer what a client has asked, one request after another, and let it go when it is done."""
-        while client.fileno() >= 0 and not client.waiting and not client.closing:
-            try:
-                request = client.next_request()
-            except ProtocolError as error:
-                client.refuse(0, UsageError(error.message), PARSE_ERROR)
-                break
-            if request is None:
-                break
-            client.waiting = True
-            self._try(client, request)
-        if client.fileno() < 0:
-            return
-        if not client.flush():
-            self._drop(client)
-            return
-        wanted = select.EPOLLIN | (select.EPOLLOUT if client.has_output else 0)
-        self._epoll.modify(client.fileno(), wanted)
-
-    def _try(self, client: Client, request: Request) -> None:
-        """Do what one request asks, or answer why not; a descriptor that it brought is not kept for another one."""
-        try:
-            self._command(client, request)
-        except XenvmError as error:
-            client.refuse(request.identifier, error)
-        if not client.waiting:
-            client.drop_handed()
-
     def _drop(self, client: Client) -> None:
-        """Forget a client; a command it has begun goes on."""
-        self._clients.pop(client.fileno(), None)
-        self._waiters = [waiter for waiter in self._waiters if waiter.client is not client]
+        """Forget a client; a command it has begun goes on, unless the image of it is the client's to take over."""
         self._handovers = {key: value for key, value in self._handovers.items() if value[0] is not client}
         if self._operation and self._operation.client is client:
             self._operation.client = None
-        self._epoll.unregister(client.fileno())
-        client.close()
+            if self._asked and self._asked[1] in (Op.SAVE, Op.CHECKPOINT):  # into a file that nobody would ever see
+                self._cancel()
+        super()._drop(client)
+        if self._operation and self._operation.owner is client and self._operation.commit_due_s:
+            self._abandon("whoever was to take over the image has gone")
 
     def _command(self, client: Client, request: Request) -> None:
         name, command = commands.find(request.method)
@@ -410,15 +360,19 @@ class Supervisor:
             self._starting = False
             self._sequence += 1
             self._broker.send(Ask(self._sequence, Op.STARTED, "destroyed while it was starting", 0))
-        before, self._vm, self._operation = self._vm, after, operation
-        if after.state is not before.state:
-            self._log(f"state={after.state} domid={after.domid} event={event!s}")
-            self._publish("state", {"reason": after.reason})
+        self._operation = operation
+        self._move(after, event)
         if op:
             self._ask(op)
         if running and running.client:
             running.client.refuse(running.identifier, XenvmError(f"{running.name}: ended by destroy"))
             self._serve(running.client)
+
+    def _move(self, after: Vm, event: Event) -> None:
+        before, self._vm = self._vm, after
+        if after.state is not before.state:
+            self._log(f"state={after.state} domid={after.domid} event={event!s}")
+            self._publish("state", {"reason": after.reason})
 
     def _status(self) -> dict[str, object]:
         vm, busy = self._vm, self._operation
@@ -434,7 +388,8 @@ class Supervisor:
             "config_file": self._init.config_file,
             "reason": vm.reason,
             "busy": {"command": busy.name, "for_s": round(time.monotonic() - busy.since_s, 1)} if busy else None,
-            "step": self._step,
+            "step": self._step.get("step", ""),
+            "progress": self._step,
         }
 
     def _do_status(self, client: Client, request: Request) -> None:
@@ -514,6 +469,67 @@ class Supervisor:
         self._handovers[self._sequence] = (client, request.identifier)
         self._device_asks[self._sequence] = name
 
+    def _do_image(self, client: Client, request: Request) -> None:
+        """Begin a command about a save image: the file comes open with the request, and goes on to the broker."""
+        name, now_s = commands.ALIASES.get(request.method, request.method), time.monotonic()
+        if self._wait_for_broker(name, client, request):
+            return
+        self._sequence += 1
+        event, op, message = images.request(name, self._sequence, request.params)
+        after, _ = step(self._vm, Happening(event, now_s))  # raises before anything has changed
+        handed = client.take_handed()
+        try:
+            if len(handed) != 1 or not client.modern:
+                raise UsageError(f"{name}: the file comes as an open descriptor", hint="xenvm-cmd opens and sends it")
+            self._broker.send(message, handed)
+        finally:
+            for descriptor in handed:
+                os.close(descriptor)
+        self._asked = (self._sequence, op)
+        self._operation = Operation(name, client, request.identifier, now_s)
+        self._move(after, event)
+
+    def _saved(self, message: Done) -> None:
+        """Tell whoever asked that the image is whole; it gets its name before the domain goes (`commit`)."""
+        self._happen(Happening(Event.SAVED, time.monotonic()))
+        operation = self._operation
+        if operation is None or operation.client is None:
+            self._abandon("whoever was to take over the image has gone")
+            return
+        client, operation.owner, operation.client = operation.client, operation.client, None
+        operation.told = images.size(message.text)
+        operation.commit_due_s = time.monotonic() + images.COMMIT_WAIT_S
+        client.reply(operation.identifier, "", operation.told)
+        self._serve(client)
+
+    def _abandon(self, why: str) -> None:
+        """Let the guest of a finished image run on."""
+        if self._operation:
+            self._operation.commit_due_s = 0.0
+        fault = Fault(int(ExitCode.FAILED), f"suspend: {why}; the guest runs on", "")
+        self._happen(Happening(Event.ABANDONED, time.monotonic(), fault=fault))
+
+    def _do_commit(self, client: Client, request: Request) -> None:
+        operation = self._operation
+        if operation is None or operation.owner is not client or not operation.commit_due_s:
+            raise WrongStateError("commit: no image of yours waits for it; the guest was not ended")
+        operation.commit_due_s, operation.client, operation.identifier = 0.0, client, request.identifier
+        self._happen(Happening(Event.COMMITTED, time.monotonic()))
+
+    def _do_cancel(self, client: Client, request: Request) -> None:
+        operation = self._operation
+        if operation is None or operation.name not in images.CANCELLABLE:
+            raise WrongStateError("cancel: no suspend, checkpoint or restore runs")
+        operation.cancelled_by.append((client, request.identifier))
+        if operation.commit_due_s:
+            self._abandon("cancelled")
+        elif self._asked and self._asked[1] is not Op.DESTROY:
+            self._cancel()
+
+    def _cancel(self) -> None:
+        self._sequence += 1
+        self._broker.send(Ask(self._sequence, Op.CANCEL, "", 0))
+
     def _do_console_log(self, client: Client, request: Request) -> None:
         self._ask_beside(Op.CONSOLE_LOG, client, request)
 
@@ -563,16 +579,13 @@ class Supervisor:
         "console": _do_console,
         "console-log": _do_console_log,
         **dict.fromkeys(devices.COMMANDS, _do_device),
+        **dict.fromkeys(images.COMMANDS, _do_image),
+        "commit": _do_commit,
+        "cancel": _do_cancel,
         "quit": _do_quit,
     }
 
     # What others hear
-
-    def _serve_clients(self) -> None:
-        """Begin to accept connections: at once on a start, which can be destroyed; else when the state is known."""
-        if not self._serving:
-            self._serving = True
-            self._epoll.register(self._listener.fileno(), select.EPOLLIN)
 
     def _publish(self, kind: str, details: dict[str, object]) -> None:
         event = {
@@ -583,17 +596,4 @@ class Supervisor:
             "domid": self._vm.domid if self._vm.domid > 0 else None,
             **details,
         }
-        for client in [client for client in self._clients.values() if client.subscribed]:
-            client.notify(event)
-            if not client.flush():
-                self._drop(client)
-            elif client.has_output:
-                self._epoll.modify(client.fileno(), select.EPOLLIN | select.EPOLLOUT)
-
-    def _log(self, text: str) -> None:
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        os.write(2, f"{stamp} uuid={self._init.uuid} {text.rstrip()}\n".encode("ascii", "backslashreplace"))
-
-    def _debug(self, text: str) -> None:
-        if self._init.debug:
-            self._log(text)
+        self._tell(event)

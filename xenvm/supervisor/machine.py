@@ -20,6 +20,7 @@ REASONS: Final[Mapping[int, str]] = MappingProxyType(  # xen/sched.h, SHUTDOWN_*
     {0: "poweroff", 1: "reboot", 2: "suspend", 3: "crash", 4: "watchdog", 5: "soft reset"}
 )
 SUSPEND_REASON: Final = 2
+BUILDING: Final = frozenset({Event.START, Event.START_PAUSED, Event.RESTORE, Event.RESTORE_PAUSED})
 
 
 class Step(Record):
@@ -57,7 +58,10 @@ def _rows(states: Iterable[State], rows: Mapping[Event, Step]) -> dict[tuple[Sta
     return {(state, event): step for state in states for event, step in rows.items()}
 
 
-_WITH_DOMAIN: Final = (*ALIVE, State.CREATING, State.SHUTDOWNING, State.REBOOTING)
+_WITH_DOMAIN: Final = (
+    *(*ALIVE, State.CREATING, State.SHUTDOWNING, State.REBOOTING),
+    *(State.RESTORING, State.SUSPENDING),
+)
 
 TRANSITIONS: Final[Mapping[tuple[State, Event], Step]] = MappingProxyType(
     _rows(
@@ -82,12 +86,35 @@ TRANSITIONS: Final[Mapping[tuple[State, Event], Step]] = MappingProxyType(
     )
     | _rows([state for state in _WITH_DOMAIN if state not in ALIVE], {Event.FAILED_UP: Step(State.RUNNING)})
     | {(state, Event.FAILED_UP): Step(state) for state in (*ALIVE, *ENDED)}
-    | {(state, Event.SEEN_SUSPENDED): Step(state, Op.RESUME) for state in _WITH_DOMAIN}
+    | {(state, Event.SEEN_SUSPENDED): Step(state, Op.RESUME) for state in _WITH_DOMAIN if state is not State.SUSPENDING}
     | _rows(
-        [State.SHUTDOWN],
+        [State.SHUTDOWN, State.SUSPENDED],
         {
             Event.START: Step(State.CREATING, Op.BUILD),
             Event.START_PAUSED: Step(State.CREATING, Op.BUILD_PAUSED),
+            Event.RESTORE: Step(State.RESTORING, Op.RESTORE),
+            Event.RESTORE_PAUSED: Step(State.RESTORING, Op.RESTORE_PAUSED),
+        },
+    )
+    | _rows(
+        [State.RESTORING],
+        {
+            Event.BUILT: Step(State.RUNNING),
+            Event.BUILT_PAUSED: Step(State.PAUSED),
+            Event.SEEN_RUNNING: Step(State.RUNNING),
+            Event.SEEN_PAUSED: Step(State.PAUSED),
+            Event.ABSENT: Step(State.SHUTDOWN),
+        },
+    )
+    | _rows(
+        [State.SUSPENDING],
+        {
+            Event.SAVED: Step(State.SUSPENDING),
+            Event.COMMITTED: Step(State.SUSPENDING, Op.DESTROY),
+            Event.DESTROYED: Step(State.SUSPENDED),
+            Event.ABANDONED: Step(State.SUSPENDING, Op.RESUME),
+            Event.SEEN_RUNNING: Step(State.RUNNING),
+            Event.SEEN_PAUSED: Step(State.PAUSED),
         },
     )
     | _rows(
@@ -107,6 +134,8 @@ TRANSITIONS: Final[Mapping[tuple[State, Event], Step]] = MappingProxyType(
             Event.SEEN_PAUSED: Step(State.PAUSED),
             Event.SHUTDOWN: Step(State.SHUTDOWNING, Op.ASK_POWEROFF),
             Event.RESTART: Step(State.REBOOTING, Op.ASK_REBOOT),
+            Event.SUSPEND: Step(State.SUSPENDING, Op.SAVE),
+            Event.CHECKPOINT: Step(State.SUSPENDING, Op.CHECKPOINT),
         },
     )
     | {(state, Event.UNPAUSE): Step(state, Op.UNPAUSE) for state in (State.PAUSED, State.CREATED)}
@@ -147,7 +176,7 @@ def step(vm: Vm, happening: Happening) -> tuple[Vm, Op | None]:
     """
     event = happening.event
     row = TRANSITIONS.get((vm.state, event))
-    if row is None or (event in (Event.START, Event.START_PAUSED) and vm.domid > 0):
+    if row is None or (event in BUILDING and vm.domid > 0):
         if event in COMMANDS:
             raise _refusal(vm, event)
         return vm, None

@@ -19,6 +19,9 @@ class State(StrChoice):
     PAUSED = "paused"
     REBOOTING = "rebooting"
     REBOOTED = "rebooted"
+    SUSPENDING = "suspending"
+    SUSPENDED = "suspended"
+    RESTORING = "restoring"
     SHUTDOWNING = "shutdowning"
     SHUTDOWN = "shutdown"
     CRASHED = "crashed"
@@ -37,6 +40,10 @@ class Event(StrChoice):
     FORCE_OFF = "shutdown force"
     FORCE_RESTART = "restart force"
     DESTROY = "destroy"
+    SUSPEND = "suspend"
+    CHECKPOINT = "checkpoint"
+    RESTORE = "restore"
+    RESTORE_PAUSED = "restore paused"
     # the guest did not do as asked in time
     IGNORED = "ignored the request"
     IGNORED_FORCE = "ignored the request, force"
@@ -45,6 +52,9 @@ class Event(StrChoice):
     BUILT_PAUSED = "built, paused"
     ABSENT = "no domain found"
     DESTROYED = "destroyed"
+    SAVED = "saved"
+    COMMITTED = "image taken over"
+    ABANDONED = "image abandoned"
     WITHDRAWN = "request withdrawn"
     FAILED_UP = "failed, domain there"
     FAILED_OFF = "failed, no domain"
@@ -72,11 +82,15 @@ COMMANDS: Final = frozenset(
         Event.FORCE_OFF,
         Event.FORCE_RESTART,
         Event.DESTROY,
+        Event.SUSPEND,
+        Event.CHECKPOINT,
+        Event.RESTORE,
+        Event.RESTORE_PAUSED,
     }
 )
 """Events that are refused where the table has no row; all others are then no news."""
 
 ALIVE: Final = frozenset({State.CREATED, State.RUNNING, State.PAUSED})
-ENDED: Final = frozenset({State.SHUTDOWN, State.REBOOTED, State.CRASHED})
+ENDED: Final = frozenset({State.SHUTDOWN, State.SUSPENDED, State.REBOOTED, State.CRASHED})
 STABLE: Final = ALIVE | ENDED
 """States that last until something happens; a command is over when one is reached."""

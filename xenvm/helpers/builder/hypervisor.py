@@ -14,9 +14,13 @@ from xenvm.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Final
 
-    from xenvm.boundary.messages import Affinity, CpuidRule, Domain
+    from xenvm.boundary.messages import Affinity, CpuidRule, Domain, Grants
+    from xenvm.helpers.saved import Head
+
+    Frames = Callable[[int, int], None]
 
 SHUTDOWN_POWEROFF: Final = 0  # xen/sched.h
 SHUTDOWN_SUSPEND: Final = 2
@@ -92,6 +96,26 @@ class Hypervisor(ABC):
         channels: Channels,
     ) -> Rings:
         """Build the guest in `domid` from the descriptors `kernel` and `initrd`."""
+
+    @abstractmethod
+    def save_pv(self, domid: int, image: int, grants: Grants, suspend: Callable[[], None], frames: Frames) -> Head:
+        """Write the whole image of a running domain; `suspend` has the guest suspended and raises when it does not.
+
+        `frames` hears of page frames done, and of how many there are. The domain is left as it is then, suspended or
+        not: resuming is the caller's.
+        """
+
+    @abstractmethod
+    def restore_pv(self, domid: int, stream: int, channels: Channels) -> Rings:
+        """Fill an empty domain from the stream that comes out of a pipe."""
+
+    @abstractmethod
+    def check_release(self, major: int, minor: int) -> None:
+        """Raise WrongStateError for an image of a newer hypervisor than this one."""
+
+    @abstractmethod
+    def punch(self, image: int, offset: int, length: int) -> int:
+        """Make a hole in a file; return 0, or a negated errno."""
 
     @abstractmethod
     def pause(self, domid: int) -> None:

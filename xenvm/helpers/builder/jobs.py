@@ -13,7 +13,8 @@ from xenvm.boundary.messages import NO_DOMAIN, Domain, DomainState, Done, Grants
 from xenvm.errors import BusyError, ExitCode, TimeoutExpiredError, WrongStateError, XenvmError
 from xenvm.helpers import devices
 from xenvm.helpers.builder import tree
-from xenvm.helpers.builder.hypervisor import SHUTDOWN_SUSPEND, Channels
+from xenvm.helpers.builder.hypervisor import Channels
+from xenvm.helpers.builder.saving import Saving
 from xenvm.record import MappingProxyType
 
 TYPE_CHECKING = False
@@ -22,9 +23,13 @@ if TYPE_CHECKING:
     from typing import Final
 
     from xenvm.boundary.devices import DeviceState
-    from xenvm.helpers.builder.hypervisor import Hypervisor
+    from xenvm.boundary.images import Image
+    from xenvm.helpers.builder.hypervisor import Hypervisor, Rings
+    from xenvm.helpers.builder.saving import Tell
     from xenvm.helpers.exchange import Devices
     from xenvm.helpers.store import Store
+
+    Load = Callable[[int, Channels], Rings]
 
 MAXMEM_SLACK_KIB: Final = 1024  # room for the start-of-day pages above the target, as xl gives
 VCPU_OVERHEAD_PAGES: Final = 256  # with the page per MiB and the 1 MiB below: what xl counts for a PV guest
@@ -33,13 +38,18 @@ SCRUB_WAIT_S: Final = 30.0
 DESTROY_WAIT_S: Final = 60.0
 CONSOLE_WAIT_S: Final = 10.0
 TERMINALS: Final = b"/dev/pts/"
+STARTING: Final = frozenset({Op.START, Op.START_PAUSED, Op.START_RESTORED})
+"""What takes on a domain that is there; without one they do as those below."""
+CREATING: Final = frozenset({Op.BUILD, Op.BUILD_PAUSED, Op.REBUILD, Op.RESTORE, Op.RESTORE_PAUSED})
+RESTORING: Final = frozenset({Op.RESTORE, Op.RESTORE_PAUSED, Op.START_RESTORED})
+PAUSED: Final = frozenset({Op.BUILD_PAUSED, Op.START_PAUSED, Op.RESTORE_PAUSED})
 SHUTDOWN_WORDS: Final = MappingProxyType({Op.ASK_POWEROFF: "poweroff", Op.ASK_REBOOT: "reboot"})
 
 
 class Builder:
     """The open connections of one builder process, and its jobs."""
 
-    def __init__(self, xen: Hypervisor, store: Store, plugging: Devices, progress: Callable[[str], None]) -> None:
+    def __init__(self, xen: Hypervisor, store: Store, plugging: Devices, progress: Tell) -> None:
         self._xen = xen
         self._store = store
         self._plugging = plugging
@@ -50,23 +60,33 @@ class Builder:
         """Do the job; return the domain as it is then, the text that only CONSOLE has, and the devices it came upon."""
         if job.op is Op.CONSOLE:
             return Done(0, self._ours(job), self._console(job.domid))
-        domain = self._act(job, images)
-        return Done(0, domain, "", self._seen)
+        domain, text = self._act(job, images)
+        return Done(0, domain, text, self._seen)
 
-    def _act(self, job: Job, images: list[int]) -> Domain:
+    def _act(self, job: Job, images: list[int]) -> tuple[Domain, str]:
+        text = ""
         if job.op is Op.FIND:
-            return self._find(job.uuid)
-        if job.op in (Op.START, Op.START_PAUSED):
+            return self._find(job.uuid), text
+        if job.op in STARTING:
             found = self._find(job.uuid)
-            return found if found.domid > 0 else self._build(job, images)
-        if job.op in (Op.BUILD, Op.BUILD_PAUSED, Op.REBUILD):
-            return self._build(job, images)
+            return (found, text) if found.domid > 0 else self._create(job, images)
+        if job.op in CREATING:
+            return self._create(job, images)
         if job.op is Op.DESTROY:
             self._destroy(job.uuid)
-            return NO_DOMAIN
-        if job.op is not Op.QUERY:
+            return NO_DOMAIN, text
+        if job.op in (Op.SAVE, Op.CHECKPOINT):
+            saving = Saving(self._xen, self._store, job, self._progress)
+            text = str(saving.run(images[0], self._ours(job), go_on=job.op is Op.CHECKPOINT))
+        elif job.op is not Op.QUERY:
             self._ACTIONS[job.op](self, self._ours(job), job)
-        return self._look(job)
+        return self._look(job), text
+
+    def _create(self, job: Job, images: list[int]) -> tuple[Domain, str]:
+        """Build the domain, or bring it back from an image; the text tells which."""
+        if job.op in RESTORING:
+            return self._restore(job, images), "restored"
+        return self._build(job, lambda domid, channels: self._boot(job.grants, images, domid, channels)), ""
 
     # Looking
 
@@ -92,29 +112,31 @@ class Builder:
                 hint="end it with the tool that made it, or give this VM another uuid",
             )
         if len(domains) == 1 and phase is Phase.BUILT and domains[0].state is not DomainState.DYING:
+            if self._store.read(f"{tree.domain_path(recorded)}/control/shutdown") == b"suspend":
+                tree.withdraw(self._store, recorded)  # of a monitor that died over a save: nobody waits for it now
             devices.settle(self._store, uuid, recorded)
             self._seen = devices.look(self._store, uuid, recorded)
             return domains[0].but(phase=phase)
-        self._progress("removing what an earlier monitor left")
+        self._progress("removing what an earlier monitor left", 0, 0)
         self._destroy(uuid)
         return NO_DOMAIN
 
     # Building
 
-    def _build(self, job: Job, images: list[int]) -> Domain:
+    def _build(self, job: Job, load: Load) -> Domain:
         grants = job.grants
         if job.op is Op.REBUILD:
-            self._progress("destroying the old domain")
+            self._progress("destroying the old domain", 0, 0)
             self._destroy(job.uuid)
         elif self._xen.find(job.uuid):
             raise WrongStateError(f"a domain with uuid {job.uuid} exists already", hint="destroy it first")
         if grants.check_memory:
-            self._progress("checking memory")
+            self._progress("checking memory", 0, 0)
             self._check_memory(grants)
         tree.write_record(self._store, job.uuid, -1, Phase.BUILDING)
         try:
-            domid = self._assemble(job, images)
-            if job.op not in (Op.BUILD_PAUSED, Op.START_PAUSED):
+            domid = self._assemble(job, load)
+            if job.op not in PAUSED:
                 self._xen.unpause(domid)
             tree.write_record(self._store, job.uuid, domid, Phase.BUILT)  # last: else nobody would let it run
         except BaseException:
@@ -124,16 +146,15 @@ class Builder:
         domain = self._xen.look(domid, job.uuid)
         return domain.but(phase=Phase.BUILT) if domain else NO_DOMAIN
 
-    def _assemble(self, job: Job, images: list[int]) -> int:
+    def _assemble(self, job: Job, load: Load) -> int:
         grants, xen, store = job.grants, self._xen, self._store
         memory_kib, max_kib = grants.memory_mib * 1024, grants.memory_max_mib * 1024
-        self._progress("creating the domain")
+        self._progress("creating the domain", 0, 0)
         domid = xen.create_pv(job.uuid, grants.vcpus)
         tree.write_record(store, job.uuid, domid, Phase.BUILDING)
         tree.write_skeleton(store, domid, job.uuid, grants.name)
         self._plugging.begin(domid, self._seen)
         xen.prepare_pv(domid, grants.vcpus, memory_kib=memory_kib + MAXMEM_SLACK_KIB, map_kib=max_kib)
-        xen.apply_cpuid(domid, grants.cpuid)
         xen.pin(domid, grants.affinity)
         store_domid, console_domid = self._daemon("xenstored"), self._daemon("xenconsoled")
         channels = Channels(
@@ -142,17 +163,8 @@ class Builder:
             console_port=xen.event_channel(domid, console_domid, "console"),
             console_domid=console_domid,
         )
-        self._progress("loading the kernel")
-        rings = xen.load_pv(
-            domid,
-            kernel=images[0],
-            initrd=images[1] if len(images) > 1 else None,
-            cmdline=grants.cmdline,
-            memory_mib=grants.memory_mib,
-            vcpus=grants.vcpus,
-            channels=channels,
-        )
-        self._progress("publishing the domain")
+        rings = load(domid, channels)
+        self._progress("publishing the domain", 0, 0)
         tree.write_built(
             store,
             domid,
@@ -164,9 +176,55 @@ class Builder:
         )
         store.introduce(domid, rings.store_frame, channels.store_port)
         if job.vbds or job.vifs:
-            self._progress("connecting the devices")
+            self._progress("connecting the devices", 0, 0)
             self._plugging.finish(domid)
         return domid
+
+    def _boot(self, grants: Grants, images: list[int], domid: int, channels: Channels) -> Rings:
+        """Load kernel and initrd into the new domain."""
+        self._xen.apply_cpuid(domid, grants.cpuid)
+        self._progress("loading the kernel", 0, 0)
+        return self._xen.load_pv(
+            domid,
+            kernel=images[0],
+            initrd=images[1] if len(images) > 1 else None,
+            cmdline=grants.cmdline,
+            memory_mib=grants.memory_mib,
+            vcpus=grants.vcpus,
+            channels=channels,
+        )
+
+    def _restore(self, job: Job, streams: list[int]) -> Domain:
+        """Build the domain from a stream, once another process has checked all of the image that it comes from.
+
+        What a guest may see of the processor is part of the stream.
+        """
+        if not streams:
+            raise XenvmError(f"the image {job.grants.image} cannot be opened: the monitor's log says why")
+        self._progress("checking the image", 0, 0)
+        self._check_image(self._plugging.image(), job.grants)
+
+        def load(domid: int, channels: Channels) -> Rings:
+            self._progress("reading the image", 0, 0)
+            return self._xen.restore_pv(domid, streams[0], channels)
+
+        return self._build(job, load)
+
+    def _check_image(self, told: Image, grants: Grants) -> None:
+        """Compare what the image was made of with what this VM is."""
+        wanted_kib = grants.memory_max_mib * 1024
+        if told.memory_max_kib != wanted_kib:
+            raise WrongStateError(
+                f"the image is of a guest with {told.memory_max_kib >> 10} MiB of memory, this VM has "
+                f"{wanted_kib >> 10} MiB",
+                hint="memory and memory_max of the config file must be what they were when the image was written",
+            )
+        if told.vcpus != grants.vcpus:
+            raise WrongStateError(
+                f"the image is of a guest with {told.vcpus} vcpus, this VM has {grants.vcpus}",
+                hint="vcpus of the config file must be what it was when the image was written",
+            )
+        self._xen.check_release(told.xen_major, told.xen_minor)
 
     def _check_memory(self, grants: Grants) -> None:
         max_kib = grants.memory_max_mib * 1024
@@ -238,23 +296,13 @@ class Builder:
 
     def _resume(self, domain: Domain, _job: Job) -> None:
         self._withdraw(domain, _job)
-        if domain.state is DomainState.SHUTDOWN and domain.reason == SHUTDOWN_SUSPEND:
-            self._xen.resume(domain.domid)
-            self._store.resume(domain.domid)
+        Saving(self._xen, self._store, _job, self._progress).resume()
 
     def _ask(self, domain: Domain, job: Job) -> None:
         self._store.write(f"{tree.domain_path(domain.domid)}/control/shutdown", SHUTDOWN_WORDS[job.op])
 
     def _withdraw(self, domain: Domain, _job: Job) -> None:
-        """Take a request back that the guest has not acknowledged, else it would obey at some later time."""
-        path = f"{tree.domain_path(domain.domid)}/control/shutdown"
-
-        def steps() -> None:
-            untrusted_value = self._store.read(path)
-            if untrusted_value:
-                self._store.write(path, "")
-
-        self._store.transaction(steps)
+        tree.withdraw(self._store, domain.domid)
 
     def _power_off(self, domain: Domain, _job: Job) -> None:
         if domain.state is not DomainState.SHUTDOWN:

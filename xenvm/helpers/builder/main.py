@@ -42,7 +42,7 @@ def main() -> int:
         raise ProtocolError("a builder answers jobs only")
     nodes = store.Store(connection)
     plugging = exchange.Devices(channel, nodes, job)
-    builder = Builder(xen, nodes, plugging, lambda step: channel.send(Progress(0, step)))
+    builder = Builder(xen, nodes, plugging, lambda *told: channel.send(Progress(0, *told)))
     try:
         channel.send(builder.run(job, images))
     except XenvmError as error:

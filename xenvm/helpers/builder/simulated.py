@@ -7,15 +7,23 @@ import os
 
 from xenvm.boundary.messages import Affinity, CpuidRule, Domain, DomainState, Phase
 from xenvm.boundary.place import HERE
+from xenvm.errors import WrongStateError
 from xenvm.helpers.builder import hypervisor
 from xenvm.helpers.builder.hypervisor import SHUTDOWN_POWEROFF, Channels, HostMemory, HypervisorError, Rings
 from xenvm.simulator.client import Machine, MachineError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
+    from xenvm.boundary.messages import Grants
+    from xenvm.helpers.builder.hypervisor import Frames
+    from xenvm.helpers.saved import Head
+
     Told = dict[str, Any]
+
+NO_IMAGES = "a simulated guest has no memory that could be saved or restored"
 
 
 class Hypervisor(hypervisor.Hypervisor):
@@ -72,6 +80,29 @@ class Hypervisor(hypervisor.Hypervisor):
         size = sum(os.fstat(image).st_size for image in (kernel, initrd) if image is not None)
         frames = self._call("load", domid=domid, cmdline=cmdline, memory_mib=memory_mib, image_bytes=size)
         return Rings(**frames)
+
+    def save_pv(
+        self,
+        domid: int,  # noqa: ARG002
+        image: int,  # noqa: ARG002
+        grants: Grants,  # noqa: ARG002
+        suspend: Callable[[], None],  # noqa: ARG002
+        frames: Frames,  # noqa: ARG002
+    ) -> Head:
+        """Refuse: there is no memory to write."""
+        raise WrongStateError(NO_IMAGES)
+
+    def restore_pv(self, domid: int, stream: int, channels: Channels) -> Rings:  # noqa: ARG002
+        """Refuse: there is no memory to read."""
+        raise WrongStateError(NO_IMAGES)
+
+    def check_release(self, major: int, minor: int) -> None:  # noqa: ARG002
+        """Refuse any image."""
+        raise WrongStateError(NO_IMAGES)
+
+    def punch(self, image: int, offset: int, length: int) -> int:  # noqa: ARG002
+        """Refuse."""
+        raise WrongStateError(NO_IMAGES)
 
     def pause(self, domid: int) -> None:
         """Stop the guest; it is counted."""

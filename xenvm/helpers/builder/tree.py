@@ -146,6 +146,21 @@ def write_built(
     store.transaction(steps)
 
 
+def withdraw(store: Store, domid: int) -> bool:
+    """Take a request back that the guest has not acknowledged, else it would obey at some later time; tell whether."""
+    path = f"{domain_path(domid)}/control/shutdown"
+    taken = [False]
+
+    def steps() -> None:
+        untrusted_value = store.read(path)
+        taken[0] = bool(untrusted_value)
+        if untrusted_value:
+            store.write(path, "")
+
+    store.transaction(steps)
+    return taken[0]
+
+
 def remove_domain(store: Store, domid: int) -> None:
     """Remove every node we made for `domid`; also right when some or all are gone."""
     remove_all(

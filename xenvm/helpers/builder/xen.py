@@ -11,14 +11,18 @@ from __future__ import annotations
 import os
 
 from xenvm.boundary.messages import Affinity, CpuidRule, Domain, DomainState, Phase
-from xenvm.errors import XenvmError
+from xenvm.errors import WrongStateError, XenvmError
 from xenvm.helpers.builder import hypervisor
 from xenvm.helpers.builder.hypervisor import SHUTDOWN_POWEROFF, Channels, HostMemory, HypervisorError, Rings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Any, Final
+
+    from xenvm.boundary.messages import Grants
+    from xenvm.helpers.builder.hypervisor import Frames
+    from xenvm.helpers.saved import Head
 
 try:
     from xenvm._xen import ffi as ffi  # noqa: PLC0414 - also for `pv`: where it is missing there is one error
@@ -29,7 +33,7 @@ except ImportError as error:  # a machine without Xen, or libraries of another X
         hint="install libxen-dev of the running Xen release, then xenvm again (pip install --no-deps .)",
     ) from error
 
-from xenvm.helpers.builder import pv  # noqa: E402 - it takes ffi and lib from here
+from xenvm.helpers.builder import pv, transfer  # noqa: E402 - they take ffi and lib from here
 
 __all__ = ["ffi", "lib"]  # for the other modules of the builder: here a failed import is a clear error
 
@@ -166,6 +170,26 @@ class Hypervisor(hypervisor.Hypervisor):
             vcpus=vcpus,
             channels=channels,
         )
+
+    def save_pv(self, domid: int, image: int, grants: Grants, suspend: Callable[[], None], frames: Frames) -> Head:
+        """Write the whole image of a running domain."""
+        return transfer.save(self, domid, image, grants, suspend, frames)
+
+    def restore_pv(self, domid: int, stream: int, channels: Channels) -> Rings:
+        """Fill an empty domain from the stream that comes out of a pipe."""
+        return transfer.restore(self, domid, stream, channels)
+
+    def check_release(self, major: int, minor: int) -> None:
+        """Refuse an image of a newer Xen than this one."""
+        if (major << 16 | minor) > lib.XENVM_BUILT_FOR:
+            raise WrongStateError(
+                f"the image was written by Xen {major}.{minor}, this is Xen {_release(lib.XENVM_BUILT_FOR)}",
+                hint="an image can be restored by the Xen that wrote it, or a newer one",
+            )
+
+    def punch(self, image: int, offset: int, length: int) -> int:
+        """Make a hole in a file; return 0, or a negated errno."""
+        return int(lib.xenvm_punch(image, offset, length))
 
     def pause(self, domid: int) -> None:
         """Stop the vcpus; Xen counts, so never twice without two unpauses."""

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The broker and save images: descriptors that it passes on, guests that run on whatever fails, images that it starts from."""
+
+import os
+import tempfile
+
+import broker_bench
+import pytest
+from broker_bench import FAULT, RUNNING
+from children import FakeChild
+
+from xenvm.boundary.images import Image, Inspect, Restore, Save
+from xenvm.boundary.messages import NO_DOMAIN, DomainState, Done, Failed, Op, Progress
+from xenvm.boundary.privileges import Role
+from xenvm.broker import core, images
+from xenvm.broker.phases import IMAGE_S_PER_MIB, PERMITS
+from xenvm.errors import ExitCode, UsageError
+
+SUSPENDED = RUNNING.but(state=DomainState.SHUTDOWN, reason=2)
+IMAGE = Image(65536, 1, 4, 17)
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    yield from broker_bench.bench(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def file():
+    with tempfile.TemporaryFile() as made:
+        yield made
+
+
+def workers(role):
+    return [child for child in FakeChild.made if child.role is role]
+
+
+def save(bench, file, *, go_on=False):
+    bench.known(RUNNING)
+    bench.send(Save(5, go_on, 30), [file.fileno()])
+    message, descriptors = bench.builder.there.receive(deadline_s=5)
+    (image,) = descriptors
+    os.write(image, b"memory")
+    os.close(image)
+    return message
+
+
+def restore(bench, file, *, paused=False):
+    bench.known(NO_DOMAIN)
+    bench.send(Restore(6, paused), [file.fileno()])
+    message, descriptors = bench.builder.there.receive(deadline_s=5)
+    return message, descriptors[0]
+
+
+# Saving
+
+
+@pytest.mark.parametrize(("go_on", "op"), [(False, Op.SAVE), (True, Op.CHECKPOINT)])
+def test_a_save_gets_the_file_and_time_for_the_memory(bench, file, go_on, op):
+    job = save(bench, file, go_on=go_on)
+    assert (job.op, job.timeout_s, job.domid) == (op, 30, 7)
+    work = bench.broker._work
+    assert work.deadline_s == PERMITS[op].deadline_s + 30 + 64 * IMAGE_S_PER_MIB
+    bench.answer(Progress(0, "writing the image", 4096, 65536))
+    assert bench.heard() == Progress(5, "writing the image", 4096, 65536)
+    bench.answer(Done(0, SUSPENDED, "4711"))
+    assert bench.heard() == Done(5, SUSPENDED, "4711")
+    file.seek(0)
+    assert file.read() == b"memory"
+
+
+@pytest.mark.parametrize("kind", ["append", "read", "write", "full", "none", "pipe"])
+def test_what_an_image_cannot_be_written_into(bench, tmp_path, kind):
+    path = tmp_path / "image"
+    path.write_bytes(b"old" if kind == "full" else b"")
+    flags = {"append": os.O_RDWR | os.O_APPEND, "read": os.O_RDONLY, "write": os.O_WRONLY}.get(kind, os.O_RDWR)
+    descriptors = [] if kind == "none" else [os.open(path, flags)]
+    if kind == "pipe":
+        descriptors += os.pipe()
+    bench.known(RUNNING)
+    bench.send(Save(5, False, 30), descriptors[-1:])
+    assert "file" in bench.refused(ExitCode.USAGE) or kind == "none"
+    assert workers(Role.BUILDER) == []
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def test_a_builder_that_dies_over_a_save_has_the_guest_resumed_before_anybody_hears(bench, file):
+    save(bench, file)
+    bench.builder.die()
+    bench.turn()
+    assert bench.silent()
+    assert bench.job()[0].op is Op.RESUME
+    bench.answer(Done(0, RUNNING, ""))
+    assert "save: its builder ended" in bench.refused(ExitCode.FAILED)
+    assert bench.broker._work is None
+
+
+def test_a_failed_save_whose_resume_fails_too_tells_of_the_save(bench, file):
+    save(bench, file)
+    bench.builder.die()
+    bench.turn()
+    bench.answer(Failed(0, FAULT, NO_DOMAIN))
+    assert "save: its builder ended" in bench.refused(ExitCode.FAILED)
+
+
+def test_a_builder_that_says_why_has_resumed_the_guest_itself(bench, file):
+    save(bench, file)
+    bench.answer(Failed(0, FAULT, NO_DOMAIN))
+    assert bench.refused(FAULT.code) == FAULT.message
+    assert bench.broker._work is None
+
+
+def test_a_save_that_takes_too_long(bench, file, monkeypatch):
+    save(bench, file)
+    bench.broker._work.end = 0.0
+    bench.turn()
+    assert bench.job()[0].op is Op.RESUME
+    bench.answer(Done(0, RUNNING, ""))
+    assert "save: no answer within" in bench.refused(ExitCode.TIMED_OUT)
+
+
+def test_cancel_ends_a_save(bench, file):
+    save(bench, file)
+    bench.ask(Op.CANCEL, sequence=9)
+    assert bench.heard() == Done(9, RUNNING.but(memory_kib=0, vcpus=0, cpu_time_ms=0), "")
+    assert bench.job()[0].op is Op.RESUME
+    bench.answer(Done(0, RUNNING, ""))
+    assert bench.refused() == "save: cancelled"
+
+
+def test_cancel_is_for_images_only(bench):
+    bench.known(RUNNING)
+    bench.ask(Op.CANCEL)
+    assert "nothing runs" in bench.refused(ExitCode.WRONG_STATE)
+    bench.ask(Op.QUERY)
+    bench.ask(Op.CANCEL)
+    assert "nothing runs" in bench.refused(ExitCode.WRONG_STATE)
+
+
+def test_destroy_overtakes_a_save(bench, file):
+    save(bench, file)
+    bench.ask(Op.DESTROY, sequence=8)
+    assert "ended by destroy" in bench.refused()
+    assert bench.job()[0].op is Op.DESTROY
+
+
+# Restoring
+
+
+@pytest.mark.parametrize(("paused", "op"), [(False, Op.RESTORE), (True, Op.RESTORE_PAUSED)])
+def test_a_restore_has_a_builder_with_a_pipe_and_a_worker_with_the_image(bench, file, paused, op):
+    job, pipe = restore(bench, file, paused=paused)
+    assert job.op is op
+    (worker,) = workers(Role.STREAM)
+    message, (image, entrance) = worker.there.receive(deadline_s=5)
+    assert message == Inspect()
+    assert os.path.sameopenfile(image, file.fileno())
+    os.write(entrance, b"stream")
+    assert os.read(pipe, 100) == b"stream"
+    for descriptor in (image, entrance):
+        os.close(descriptor)
+    assert os.read(pipe, 100) == b""  # nobody else holds the other end
+    os.close(pipe)
+    worker.there.send(IMAGE)
+    bench.turn()
+    assert bench.builder.there.receive(deadline_s=5)[0] == IMAGE
+    worker.die()
+    bench.turn()
+    bench.answer(Done(0, RUNNING, "restored"))
+    assert bench.heard() == Done(6, RUNNING, "")
+
+
+def test_the_words_of_the_worker_reach_the_builder_and_then_the_user(bench, file):
+    _, pipe = restore(bench, file)
+    os.close(pipe)
+    (worker,) = workers(Role.STREAM)
+    worker.there.send(Failed(0, FAULT, NO_DOMAIN))
+    bench.turn()
+    assert bench.builder.there.receive(deadline_s=5)[0] == Failed(0, FAULT, NO_DOMAIN)
+    bench.answer(Failed(0, FAULT, NO_DOMAIN))
+    assert bench.refused(FAULT.code) == FAULT.message
+
+
+def test_a_worker_that_dies_is_said_to_the_builder(bench, file):
+    _, pipe = restore(bench, file)
+    os.close(pipe)
+    workers(Role.STREAM)[0].die()
+    bench.turn()
+    told = bench.builder.there.receive(deadline_s=5)[0]
+    assert "the stream worker ended with status 0 without an answer" in told.fault.message
+
+
+def test_what_went_wrong_later_is_told_in_the_words_of_the_worker(bench, file):
+    _, pipe = restore(bench, file)
+    os.close(pipe)
+    (worker,) = workers(Role.STREAM)
+    worker.there.send(IMAGE)
+    worker.there.send(Failed(0, FAULT, NO_DOMAIN))
+    bench.turn()
+    bench.answer(Failed(0, FAULT.but(message="reading the image: end of file"), NO_DOMAIN))
+    assert bench.refused() == FAULT.message
+
+
+def test_a_worker_that_says_twice_what_the_image_is_breaks_the_protocol(bench, file):
+    _, pipe = restore(bench, file)
+    os.close(pipe)
+    (worker,) = workers(Role.STREAM)
+    worker.there.send(IMAGE)
+    bench.turn()
+    worker.there.send(Done(0, NO_DOMAIN, ""))
+    bench.turn()
+    assert bench.acts.of("protocol")
+
+
+@pytest.mark.parametrize("how", ["die", "cancel"])
+def test_a_restore_that_is_ended_is_tidied_up(bench, file, monkeypatch, how):
+    _, pipe = restore(bench, file)
+    os.close(pipe)
+    tidied = []
+    monkeypatch.setattr(core, "look_again", lambda *_: tidied.append(1))
+    if how == "die":
+        bench.builder.die()
+        bench.turn()
+    else:
+        bench.ask(Op.CANCEL, sequence=9)
+    assert tidied == [1]
+    assert "cancelled" in bench.refused() if how == "cancel" else "builder ended" in bench.refused()
+    assert all(child.killed for child in workers(Role.STREAM))
+
+
+def test_an_image_that_cannot_be_read(bench, tmp_path):
+    bench.known(NO_DOMAIN)
+    descriptor = os.open(tmp_path / "image", os.O_WRONLY | os.O_CREAT)
+    bench.send(Restore(6, False), [descriptor])
+    os.close(descriptor)
+    assert "not open for reading" in bench.refused(ExitCode.USAGE)
+
+
+# At the start
+
+
+@pytest.fixture
+def granted(bench, tmp_path):
+    path = tmp_path / "guest.img"
+    path.write_bytes(b"image")
+    bench.broker._grants = bench.grants.but(image=str(path))
+    bench.broker._policy = bench.broker._policy.but(startup="restore-del")
+    return path
+
+
+def begin(bench):
+    bench.broker._begin(0, Op.START_RESTORED, 100)
+    message, descriptors = bench.builder.there.receive(deadline_s=5)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return message, len(descriptors)
+
+
+@pytest.mark.parametrize(("said", "stays"), [("restored", False), ("", True)])
+def test_the_granted_image_is_removed_when_the_guest_came_from_it(bench, granted, said, stays):
+    job, pipes = begin(bench)
+    assert (job.op, pipes) == (Op.START_RESTORED, 1)
+    bench.answer(Done(0, RUNNING, said))
+    assert bench.heard() == Done(0, RUNNING, "")
+    assert granted.exists() is stays
+
+
+def test_the_granted_image_stays_after_a_failure_and_where_the_config_says_so(bench, granted):
+    begin(bench)
+    bench.answer(Failed(0, FAULT, NO_DOMAIN))
+    bench.heard()
+    assert granted.exists()
+    bench.broker._policy = bench.broker._policy.but(startup="restore")
+    begin(bench)
+    bench.answer(Done(0, RUNNING, "restored"))
+    assert granted.exists()
+
+
+def test_another_file_of_its_name_stays(bench, granted):
+    begin(bench)
+    granted.unlink()
+    granted.write_bytes(b"another")
+    bench.answer(Done(0, RUNNING, "restored"))
+    assert granted.read_bytes() == b"another"
+    assert bench.acts.of("image-removed")[0]["why"] == "another file has its name"
+
+
+@pytest.mark.parametrize("kind", ["missing", "directory"])
+def test_without_the_granted_image_a_domain_can_still_be_adopted(bench, granted, kind):
+    granted.unlink()
+    if kind == "directory":
+        granted.mkdir()
+    job, pipes = begin(bench)
+    assert (job.op, pipes) == (Op.START_RESTORED, 0)
+    assert workers(Role.STREAM) == []
+    assert bench.acts.of("refused")[0]["op"] == "start-restored"
+
+
+def test_the_checks_of_descriptors(tmp_path):
+    path = tmp_path / "image"
+    with path.open("w+b") as made:
+        images.check_target(made.fileno())
+        images.check_source(made.fileno())
+        made.write(b"x")
+        made.flush()
+        with pytest.raises(UsageError):
+            images.check_target(made.fileno())
+
+
+# What was plugged by command
+
+
+def test_devices_added_by_command_belong_to_a_saved_guest(bench, file):
+    gone = []
+    bench.broker._book.domain_gone = lambda *, for_good: gone.append(for_good)
+    save(bench, file)
+    bench.answer(Done(0, SUSPENDED, "6"))
+    bench.ask(Op.DESTROY)
+    bench.job()
+    bench.answer(Done(0, NO_DOMAIN, ""))
+    assert gone == [False]
+    bench.known(RUNNING)
+    bench.broker._book.saved = False
+    bench.ask(Op.DESTROY)
+    bench.job()
+    bench.answer(Done(0, NO_DOMAIN, ""))
+    assert gone == [False, True]

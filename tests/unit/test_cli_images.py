@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Save images on the side of xenvm-cmd: a file without a name until it is whole, an older one untouched until then."""
+
+import errno
+import os
+import stat
+
+import pytest
+
+from xenvm.cli import images
+from xenvm.cli.client import Reply
+from xenvm.errors import ExitCode, UsageError, WrongStateError, XenvmError
+
+
+class Monitor:
+    """What of a monitor the commands about images use; `refuse` is the command that fails."""
+
+    def __init__(self, content=b"image", refuse=""):
+        self.handed, self.calls, self.content, self.refuse = None, [], content, refuse
+        self.seen = None
+
+    def watch(self, command, _on_event, /, **params):
+        self._called(command, params)
+        handed, self.handed = self.handed, None
+        try:
+            if command == "restore":
+                self.seen = os.pread(handed, 100, 0)
+            else:
+                os.write(handed, self.content)
+        finally:
+            os.close(handed)
+        return Reply("", {"image_bytes": len(self.content)})
+
+    def call(self, command, /, **params):
+        self._called(command, params)
+        return Reply("", {"state": "suspended"})
+
+    def _called(self, command, params):
+        self.calls.append((command, params))
+        if command == self.refuse:
+            if self.handed is not None:
+                os.close(self.handed)
+                self.handed = None
+            raise WrongStateError(f"{command} is not possible")
+
+    @property
+    def commands(self):
+        return [command for command, _ in self.calls]
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_is_left():
+    before = len(os.listdir("/proc/self/fd"))
+    yield
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.fixture(params=[True, False], ids=["nameless", "named"])
+def file(tmp_path, request, monkeypatch):
+    """A place for an image, on a file system that knows files without a name, and one that does not."""
+    if not request.param:
+        real = os.open
+
+        def limited(path, flags, *more, **options):
+            if flags & os.O_TMPFILE == os.O_TMPFILE:
+                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+            return real(path, flags, *more, **options)
+
+        monkeypatch.setattr(os, "open", limited)
+    return tmp_path / "guest.img"
+
+
+@pytest.mark.parametrize("command", ["suspend", "checkpoint"])
+def test_the_new_image_takes_the_place_of_the_old_one(file, command):
+    file.write_bytes(b"old")
+    monitor = Monitor()
+    images.save(monitor, command, {"file": str(file)})
+    assert file.read_bytes() == b"image"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert os.listdir(file.parent) == ["guest.img"]
+    assert monitor.commands == ([command, "commit"] if command == "suspend" else [command])
+    assert monitor.calls[0][1] == {"file": str(file)}
+
+
+@pytest.mark.parametrize("command", ["suspend", "checkpoint"])
+def test_a_failure_leaves_the_old_image_and_nothing_else(file, command):
+    file.write_bytes(b"old")
+    with pytest.raises(WrongStateError):
+        images.save(Monitor(refuse=command), command, {"file": str(file)})
+    assert file.read_bytes() == b"old"
+    assert os.listdir(file.parent) == ["guest.img"]
+
+
+def test_an_image_that_cannot_be_named_is_not_committed(file, monkeypatch):
+    def refuse(*_words, **_options):
+        raise OSError(errno.EIO, "no luck")
+
+    monkeypatch.setattr(os, "rename", refuse)
+    monitor = Monitor()
+    with pytest.raises(XenvmError, match="cannot be named .* no luck; the guest runs on"):
+        images.save(monitor, "suspend", {"file": str(file)})
+    assert monitor.commands == ["suspend", "cancel"]
+    assert os.listdir(file.parent) == []
+
+
+def test_a_domain_that_was_not_ended_is_an_error_with_the_image_there(file):
+    with pytest.raises(WrongStateError):
+        images.save(Monitor(refuse="commit"), "suspend", {"file": str(file)})
+    assert file.read_bytes() == b"image"
+
+
+def test_what_is_no_place_for_an_image(tmp_path):
+    for given, kind, words in (
+        ({}, UsageError, "file= is missing"),
+        ({"file": f"{tmp_path}/"}, UsageError, "names no file"),
+        ({"file": f"{tmp_path}/no/image"}, XenvmError, "No such file"),
+        ({"file": str(tmp_path)}, UsageError, "not a regular file"),
+        ({"file": "/dev/null"}, UsageError, "not a regular file"),
+    ):
+        with pytest.raises(kind, match=words):
+            images.save(Monitor(), "suspend", given)
+    (tmp_path / "link").symlink_to("elsewhere")
+    with pytest.raises(UsageError, match="not a regular file"):
+        images.save(Monitor(), "suspend", {"file": str(tmp_path / "link")})
+
+
+def test_restore_hands_the_image_over_and_keeps_it(file):
+    file.write_bytes(b"content")
+    monitor = Monitor()
+    images.restore(monitor, {"file": str(file), "paused": "true"})
+    assert monitor.seen == b"content"
+    assert monitor.calls == [("restore", {"file": str(file), "paused": "true"})]
+    assert file.exists()
+
+
+def test_restore_removes_the_image_afterwards_only(file):
+    file.write_bytes(b"content")
+    with pytest.raises(WrongStateError):
+        images.restore(Monitor(refuse="restore"), {"file": str(file), "delete": "true"})
+    assert file.exists()
+    images.restore(Monitor(), {"file": str(file), "delete": "true"})
+    assert not file.exists()
+    with pytest.raises(XenvmError, match="No such file") as caught:
+        images.restore(Monitor(), {"file": str(file)})
+    assert caught.value.code is ExitCode.FAILED
+
+
+def test_another_file_of_that_name_stays(file):
+    file.write_bytes(b"content")
+
+    class Replacing(Monitor):
+        def watch(self, *words, **params):
+            file.unlink()
+            file.write_bytes(b"another")
+            return super().watch(*words, **params)
+
+    with pytest.raises(XenvmError, match="another file by now"):
+        images.restore(Replacing(), {"file": str(file), "delete": "true"})
+    assert file.read_bytes() == b"another"
+
+
+def test_the_bar():
+    assert images.bar(0, 4096).startswith("[" + " " * 40 + "]   0 %")
+    assert images.bar(2048, 4096) == "[" + "#" * 20 + " " * 20 + "]  50 %, 2 of 4 MiB"
+    assert images.bar(4096, 4096).startswith("[" + "#" * 40 + "] 100 %")

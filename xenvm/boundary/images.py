@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The messages about save images, which themselves cross as descriptors only. No I/O."""
+
+from __future__ import annotations
+
+from xenvm.boundary.checks import INT32_MAX, Message, flag, number
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import ClassVar
+
+_SEQUENCE = number(0, INT32_MAX)
+_SECONDS = number(1, 86400)
+
+
+class Save(Message):
+    """Supervisor to broker: write an image of the running guest into the file that comes along, empty and writable.
+
+    The guest may take `timeout_s` to suspend. With `go_on` it runs again afterwards; else it stays suspended, until
+    RESUME or DESTROY. When saving fails it runs on.
+    """
+
+    sequence: int
+    go_on: bool
+    timeout_s: int
+    KIND: ClassVar = 31
+    DESCRIPTORS: ClassVar = 1
+    CHECKS: ClassVar = {"sequence": _SEQUENCE, "go_on": flag, "timeout_s": _SECONDS}
+
+
+class Restore(Message):
+    """Supervisor to broker: bring the guest back from the image that comes along, open for reading."""
+
+    sequence: int
+    paused: bool
+    KIND: ClassVar = 32
+    DESCRIPTORS: ClassVar = 1
+    CHECKS: ClassVar = {"sequence": _SEQUENCE, "paused": flag}
+
+
+class Inspect(Message):
+    """Broker to stream: check this image whole, say what it is, then feed a builder. Descriptors: the image, a pipe."""
+
+    KIND: ClassVar = 33
+    DESCRIPTORS: ClassVar = 2
+    CHECKS: ClassVar = {}
+
+
+class Image(Message):
+    """Stream to broker, and on to the builder: the image is whole, and of such a guest, saved under such a Xen.
+
+    What follows in the pipe is its stream for libxenguest and nothing else.
+    """
+
+    memory_max_kib: int
+    vcpus: int
+    xen_major: int
+    xen_minor: int
+    KIND: ClassVar = 34
+    CHECKS: ClassVar = {
+        "memory_max_kib": number(1, 2**42),
+        "vcpus": number(1, 8192),
+        "xen_major": number(0, 2**16 - 1),
+        "xen_minor": number(0, 2**16 - 1),
+    }

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Save images, of which the broker opens one that the config grants and otherwise sees descriptors: it reads none."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+
+from xenvm.boundary.images import Image, Inspect
+from xenvm.boundary.messages import NO_DOMAIN, Failed, Fault, Op
+from xenvm.boundary.privileges import Role
+from xenvm.broker.children import Child
+from xenvm.context import suppress
+from xenvm.errors import ExitCode, ProtocolError, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
+    from xenvm.boundary.checks import Message
+    from xenvm.broker.actlog import ActLog
+
+PIPE_BYTES: Final = 1 << 20  # fs.pipe-max-size of Linux; the usual 64 KiB cost a switch of processes for each fill
+
+
+def check_target(descriptor: int) -> None:
+    """Refuse what an image cannot be written into and read back from: all but an empty file, open for both."""
+    _check_file(descriptor)
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    if flags & os.O_ACCMODE != os.O_RDWR or flags & os.O_APPEND or os.fstat(descriptor).st_size:
+        raise UsageError("the file for the image is not empty, or not open for reading and writing")
+
+
+def check_source(descriptor: int) -> None:
+    """Refuse what an image cannot be read from."""
+    _check_file(descriptor)
+    if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
+        raise UsageError("the image is not open for reading")
+
+
+def _check_file(descriptor: int) -> None:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise UsageError("an image is a regular file")
+
+
+def open_granted(path: str, acts: ActLog) -> int:
+    """Open the image that the config names, or log why not and return -1: a domain that runs is adopted without."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    except OSError as error:
+        acts.append("refused", op=Op.START_RESTORED.value, why=f"cannot open {path[:400]}: {error.strerror}")
+        return -1
+    try:
+        check_source(descriptor)
+    except UsageError as error:
+        os.close(descriptor)
+        acts.append("refused", op=Op.START_RESTORED.value, why=f"{path[:400]}: {error.message}")
+        return -1
+    return descriptor
+
+
+def remove(path: str, descriptor: int, acts: ActLog) -> None:
+    """Remove the image that was restored, unless another file has its name by now; log that, or why not."""
+    why = ""
+    try:
+        there, was = os.stat(path, follow_symlinks=False), os.fstat(descriptor)  # noqa: PTH116
+        if (there.st_dev, there.st_ino) == (was.st_dev, was.st_ino):
+            os.unlink(path)  # noqa: PTH108
+        else:
+            why = "another file has its name"
+    except OSError as error:
+        why = error.strerror or str(error)
+    acts.append("image-removed", file=path, why=why)
+
+
+class Feed:
+    """The process that checks an image and feeds it to a builder. `pipe` is the builder's end."""
+
+    def __init__(self, uuid: str, log: int, image: int) -> None:
+        self.pipe, entrance = os.pipe2(os.O_CLOEXEC)
+        try:
+            with suppress(OSError):  # smaller where the host allows no more
+                fcntl.fcntl(entrance, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+            self.child = Child(Role.STREAM, log, {}, uuid)
+            with suppress(ProtocolError):  # it has ended already: what it said of that comes next
+                self.child.channel.send(Inspect(), (image, entrance))
+        except BaseException:
+            os.close(self.pipe)
+            raise
+        finally:
+            os.close(entrance)
+        self.told = False
+        self.failure: Failed | None = None
+
+    def take(self, message: Message) -> Message | None:
+        """Learn what it says; return what the builder is to hear of that, if anything."""
+        if isinstance(message, Failed):
+            self.failure = message.but(domain=NO_DOMAIN)
+        elif not isinstance(message, Image) or self.told:
+            raise ProtocolError("a stream worker says once what an image is")
+        told, self.told = self.told, True
+        return None if told else self.failure or message
+
+    def gone(self) -> Message | None:
+        """Learn that it has ended; return what the builder is to hear of that."""
+        self.child.end()
+        if self.told:
+            return None
+        self.told = True
+        why = f"the image was not checked: the stream worker {self.child.how()} without an answer"
+        return Failed(0, Fault(int(ExitCode.FAILED), why, ""), NO_DOMAIN)
+
+    def close(self) -> None:
+        """End it. Works twice."""
+        self.child.end()
+        self.close_pipe()
+
+    def close_pipe(self) -> None:
+        """Close the end that the builder has by now; when both have closed theirs, the worker ends."""
+        if self.pipe >= 0:
+            os.close(self.pipe)
+            self.pipe = -1

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The requests of a supervisor that have arguments: which job each means, about what, and what is learnt of its end."""
+
+from __future__ import annotations
+
+from xenvm.boundary.devices import Kind, NicGrant
+from xenvm.boundary.images import Restore, Save
+from xenvm.boundary.messages import DomainState, Op, Plug, Rebridge, Unplug
+from xenvm.broker import images
+from xenvm.broker.phases import ON_DEVICES, REBUILDING
+from xenvm.broker.plugging import Wanted
+from xenvm.broker.work import Change
+from xenvm.errors import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
+    from xenvm.boundary.messages import Done, Grants
+    from xenvm.broker.actlog import ActLog
+    from xenvm.broker.book import Book
+    from xenvm.broker.work import Work
+
+    Request = Plug | Unplug | Rebridge | Save | Restore
+
+REQUESTS: Final = (Plug, Unplug, Rebridge, Save, Restore)
+NO_ADDRESS: Final = "00:00:00:00:00:00"
+
+
+def op_of(request: Request) -> Op:
+    """Return the job that a request means."""
+    if isinstance(request, Save):
+        return Op.CHECKPOINT if request.go_on else Op.SAVE
+    if isinstance(request, Restore):
+        return Op.RESTORE_PAUSED if request.paused else Op.RESTORE
+    return {Plug: Op.PLUG, Unplug: Op.UNPLUG, Rebridge: Op.REBRIDGE}[type(request)]
+
+
+def change_of(request: Request, book: Book, grants: Grants, descriptors: list[int], acts: ActLog) -> Change:
+    """Return what the job is about; raise XenvmError when it may not be."""
+    timeout_s = grants.device_timeout_s
+    if isinstance(request, Unplug):
+        return Change(Wanted(), (request.kind, request.device), request.disc, request.force, request.timeout_s)
+    if isinstance(request, Plug):
+        change = Change(book.plug(request, grants, descriptors), timeout_s=timeout_s)
+        acts.append("plug", devices=[part.as_body() for part in (*request.disks, *request.nics)])
+        return change
+    if isinstance(request, Rebridge):
+        nic = NicGrant(request.device, request.bridge, NO_ADDRESS)
+        return Change(Wanted((), (book.bridged(nic, grants),)), timeout_s=timeout_s)
+    if len(descriptors) != 1:
+        raise UsageError("an image comes as an open descriptor")
+    if isinstance(request, Restore):
+        images.check_source(descriptors[0])
+        return Change(image=descriptors[0], timeout_s=timeout_s)
+    images.check_target(descriptors[0])
+    return Change(image=descriptors[0], timeout_s=request.timeout_s)
+
+
+def note(book: Book, work: Work, done: Done) -> None:
+    """Learn of devices from a job that has succeeded.
+
+    What was plugged by command belongs to a guest that is in an image as to one that runs: it comes back with it.
+    """
+    if work.op is Op.PLUG:
+        book.added(work.change.wanted)
+    elif work.op is Op.UNPLUG and work.change.gone:
+        book.removed(*work.change.gone)
+    if work.op in REBUILDING | ON_DEVICES | {Op.FIND}:
+        book.seen(done.devices)
+    if work.op in REBUILDING | {Op.SAVE, Op.CHECKPOINT, Op.RESUME}:
+        book.saved = work.op is Op.SAVE
+    if done.domain.state is DomainState.ABSENT and work.op not in ON_DEVICES:
+        book.domain_gone(for_good=not book.saved)
+
+
+def undone(work: Work) -> Change:
+    """Return the change that takes back a device whose hotplug worker died over it."""
+    wanted = work.change.wanted
+    place = (Kind.VBD, wanted.disks[0].device) if wanted.disks else (Kind.VIF, wanted.vifs[0].id)
+    return Change(gone=place, force=True, timeout_s=1)

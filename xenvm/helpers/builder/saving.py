@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Saving a domain, step by step: ask the guest, write, and let it run again when anything fails.
+
+Whoever loses this process in the middle resumes the domain (the job RESUME): that is right at any moment, and twice.
+"""
+
+from __future__ import annotations
+
+import time
+
+from xenvm.boundary.messages import DomainState
+from xenvm.context import suppress
+from xenvm.errors import TimeoutExpiredError, WrongStateError, XenvmError
+from xenvm.helpers.builder import image, tree
+from xenvm.helpers.builder.hypervisor import SHUTDOWN_SUSPEND
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Final
+
+    from xenvm.boundary.messages import Domain, Job
+    from xenvm.helpers.builder.hypervisor import Hypervisor
+    from xenvm.helpers.store import Store
+
+    Tell = Callable[[str, int, int], None]
+
+POLL_S: Final = 0.02
+TELL_PAUSE_S: Final = 0.5  # between two messages about how far it is
+LATE_S: Final = 5.0  # for a guest that has acknowledged, when saving has failed by then, until it is suspended
+
+
+class Saving:
+    """One guest that is being saved."""
+
+    def __init__(self, xen: Hypervisor, store: Store, job: Job, tell: Tell) -> None:
+        self._xen, self._store, self._job, self._tell = xen, store, job, tell
+        self._asked = False
+        self._told_s = 0.0
+
+    def run(self, descriptor: int, domain: Domain, *, go_on: bool) -> int:
+        """Write the image; return its length in bytes. `go_on` lets the guest run again, else it stays suspended.
+
+        On any failure it runs on.
+        """
+        if domain.state is not DomainState.RUNNING:
+            raise WrongStateError(f"domain {domain.domid} is {domain.state}: a guest suspends only while it runs")
+        image.check_space(descriptor, domain.memory_kib)
+        try:
+            head = self._xen.save_pv(domain.domid, descriptor, self._job.grants, self._suspend, self._frames)
+            if go_on:
+                self.resume()
+                self._asked = False
+            self._tell("finishing the image", 0, 0)
+            return image.finish(descriptor, head, self._xen.punch)
+        except BaseException:
+            if self._asked:
+                with suppress(XenvmError):  # the first failure is the one to tell; the next look resumes it
+                    self._give_up()
+            raise
+
+    def _suspend(self) -> None:
+        """Ask the guest to suspend, and wait until it has."""
+        self._tell("waiting for the guest to suspend", 0, 0)
+        path = self._request_path
+        self._asked = True
+        self._store.write(path, "suspend")
+        end = time.monotonic() + self._job.timeout_s
+        while (domain := self._look()).state is not DomainState.SHUTDOWN:
+            if domain.state in (DomainState.ABSENT, DomainState.DYING):
+                raise WrongStateError(f"domain {self._job.domid} is gone")
+            if time.monotonic() >= end:
+                raise TimeoutExpiredError(
+                    f"the guest did not suspend within {self._job.timeout_s} s and runs on", hint=self._why_not()
+                )
+            time.sleep(POLL_S)
+        if domain.reason != SHUTDOWN_SUSPEND:
+            raise WrongStateError("the guest ended instead of suspending")
+        self._tell("writing the image", 0, 0)
+
+    def _why_not(self) -> str:
+        home = tree.domain_path(self._job.domid)
+        if self._store.read(f"{home}/control/feature-suspend") != b"1":  # its own word, so no more than a hint
+            return "it has not said that it can (control/feature-suspend): is it still booting, or paused?"
+        if self._store.read(self._request_path) == b"suspend":
+            return "it has not taken the request (control/shutdown): is it paused, or very busy? timeout=S waits longer"
+        return "it took the request and then failed; its console says why. timeout=S waits longer"
+
+    def _frames(self, done: int, total: int) -> None:
+        now_s = time.monotonic()
+        if now_s - self._told_s >= TELL_PAUSE_S:
+            self._told_s = now_s
+            self._tell("writing the image", done * image.PAGE_KIB, total * image.PAGE_KIB)
+
+    def _give_up(self) -> None:
+        """Let the guest run on; one that has taken the request just now is waited for, for a moment."""
+        if tree.withdraw(self._store, self._job.domid) and self._look().state is not DomainState.SHUTDOWN:
+            return
+        end = time.monotonic() + LATE_S
+        while self._look().state is DomainState.RUNNING and time.monotonic() < end:
+            time.sleep(POLL_S)
+        self.resume()
+
+    def resume(self) -> None:
+        """Wake the domain in place if it is suspended."""
+        domain = self._look()
+        if domain.state is DomainState.SHUTDOWN and domain.reason == SHUTDOWN_SUSPEND:
+            self._xen.resume(domain.domid)
+            self._store.resume(domain.domid)
+
+    def _look(self) -> Domain:
+        domain = self._xen.look(self._job.domid, self._job.uuid)
+        if domain is None:
+            raise XenvmError(f"domain {self._job.domid} is gone")
+        return domain
+
+    @property
+    def _request_path(self) -> str:
+        return f"{tree.domain_path(self._job.domid)}/control/shutdown"

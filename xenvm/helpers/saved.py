@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The form of a save image: what stands before and after the stream of libxenguest. Bytes only, no input or output.
+
+It is the file that `xl save` writes (tools/xl/xl_vmcontrol.c, docs/specs/libxl-migration-stream.pandoc): a header, the
+guest's config as JSON, a stream of libxl with that of libxc inside. All words are little endian, but libxl's header.
+Ours have one member more in the JSON, which xl ignores: the length of the file, and a checksum of the streams.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from xenvm import jsontext
+from xenvm.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
+    from xenvm.boundary.devices import DiskGrant
+    from xenvm.boundary.messages import Grants
+
+MAGIC: Final = b"Xen saved domain, xl format\n \0 \r"
+BYTE_ORDER: Final = 0x01020304
+JSON_CONFIG, STREAM_V2 = 1, 2  # mandatory flags
+HEADER: Final = struct.Struct("<IIII")  # byte order, mandatory flags, optional flags, length of the optional data
+WORD: Final = struct.Struct("<I")
+LIBXL: Final = struct.Struct(">QII")  # the identification "LibxlFmt", version, options
+LIBXL_IDENT: Final = 0x4C6962786C466D74
+LIBXL_VERSION: Final = 2
+RECORD: Final = struct.Struct("<II")  # type, length of the body; followed by zero bytes up to a multiple of 8
+LIBXL_END, LIBXC_CONTEXT = 0, 1
+TAIL: Final = RECORD.pack(LIBXL_END, 0)
+
+SEAL: Final = b'"xenvm":{"bytes":"%016x","crc32":"%08x"}'
+UNSEALED: Final = SEAL % (0, 0)
+SEAL_NUMBERS: Final = ((UNSEALED.index(b"0000"), 16), (UNSEALED.rindex(b'"00000000"') + 1, 8))  # where, how long
+_FORMATS: Final = {"qcow": "qcow2", "vhd": "vhd"}
+
+
+class Head(Record):
+    """The beginning of an image. `seal_at` is where the seal goes, `streams_at` where the streams begin."""
+
+    content: bytes
+    seal_at: int
+    streams_at: int
+
+
+def head(grants: Grants) -> Head:
+    """Return all that stands before the stream of libxenguest, with an empty seal."""
+    text = config(grants) + b"\0"
+    before = MAGIC + HEADER.pack(BYTE_ORDER, JSON_CONFIG | STREAM_V2, 0, WORD.size + len(text)) + WORD.pack(len(text))
+    streams_at = len(before) + len(text)
+    content = before + text + LIBXL.pack(LIBXL_IDENT, LIBXL_VERSION, 0) + RECORD.pack(LIBXC_CONTEXT, 0)
+    return Head(content, content.rindex(UNSEALED), streams_at)
+
+
+def seal(length: int, checksum: int) -> bytes:
+    """Return what replaces the empty seal: the length of the whole file, and the CRC-32 of its streams."""
+    return SEAL % (length, checksum)
+
+
+def config(grants: Grants) -> bytes:
+    """Return the guest's config as libxl reads it (libxl_domain_config); the seal is its last member.
+
+    An encrypted disk is not in it: xl could not open one.
+    """
+    memory_kib, max_kib = grants.memory_mib * 1024, grants.memory_max_mib * 1024
+    told = {
+        "c_info": {"type": "pv", "name": grants.name, "uuid": grants.uuid},
+        "b_info": {
+            "max_vcpus": grants.vcpus,
+            "avail_vcpus": list(range(grants.vcpus)),
+            "max_memkb": max_kib,
+            "target_memkb": memory_kib,
+            "type.pv": {},
+        },
+        "disks": [_disk(disk) for disk in grants.disks if disk.path and not disk.cipher],
+        "nics": [
+            {"devid": nic.id, "mac": nic.mac, **({"bridge": nic.bridge} if nic.bridge else {})} for nic in grants.nics
+        ],
+    }
+    text = jsontext.dumps(told).encode("ascii")
+    return text[:-1] + b"," + UNSEALED + b"}"
+
+
+def _disk(disk: DiskGrant) -> dict[str, object]:
+    told: dict[str, object] = {"pdev_path": disk.path, "vdev": disk.name, "format": _FORMATS.get(disk.type, "raw")}
+    if disk.cdrom:
+        return told | {"removable": 1, "is_cdrom": 1}
+    return told if disk.read_only else told | {"readwrite": 1}

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A save image taken apart and checked, piece by piece. Reads through a function; no other input or output.
+
+The form is that of docs/specs/libxl-migration-stream.pandoc and docs/specs/libxc-migration-stream.pandoc of Xen, as
+far as PV guests need it. What is not understood is refused: libxenguest gets what has been checked, and nothing else.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from xenvm import jsontext
+from xenvm.errors import XenvmError
+from xenvm.helpers import saved
+from xenvm.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Final
+
+    Read = Callable[[int, int], bytes]  # length, offset; shorter only at the end of the file
+    Piece = bytes | tuple[int, int]  # what has been read, or a range of the file: offset, length
+
+CONFIG_LIMIT_BYTES: Final = 1 << 20  # xl's is some KiB
+BODY_LIMIT_BYTES: Final = 16 << 20  # of records other than pages; 8 bytes for each 2 MiB of the guest are the largest
+LIBXC: Final = struct.Struct(">QIIHHI")  # marker, identification, version, options, reserved
+LIBXC_MARKER, LIBXC_IDENT, LIBXC_VERSION = 0xFFFFFFFFFFFFFFFF, 0x58454E46, 3
+DOMAIN: Final = struct.Struct("<IHHII")  # type, page shift, reserved, Xen's version
+PV, HVM = 1, 2
+ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
+PAGE_SHIFT, PAGE_BYTES = 12, 4096
+PAGES: Final = struct.Struct("<II")  # count, reserved; then the numbers of the page frames
+PAGES_LIMIT: Final = 1024  # MAX_BATCH_SIZE, xg_sr_common.h
+TYPE_SHIFT, FRAME_MASK = 60, (1 << 52) - 1
+WITHOUT_DATA: Final = frozenset({13, 14, 15})  # XEN_DOMCTL_PFINFO_BROKEN, _XALLOC, _XTAB
+WITH_DATA: Final = frozenset({*range(5), *range(9, 13)})  # no page table, a table of level 1 to 4; the same, pinned
+OPTIONAL: Final = 1 << 31
+
+# Types of records, xg_sr_stream_format.h, and how long each is: at least, at most, in steps of.
+END, PAGE_DATA, PV_INFO, P2M_FRAMES, VCPU_BASIC, VCPU_EXTENDED, VCPU_XSAVE, SHARED_INFO, TSC_INFO = range(9)
+VCPU_MSRS, STATIC_DATA_END, CPUID_POLICY, MSR_POLICY = 0xC, 0x10, 0x11, 0x12
+LENGTHS: Final = {
+    END: (0, 0, 1),
+    PV_INFO: (8, 8, 1),
+    P2M_FRAMES: (16, BODY_LIMIT_BYTES, 8),
+    VCPU_BASIC: (16, 16384, 1),
+    VCPU_EXTENDED: (16, 4096, 1),
+    VCPU_XSAVE: (8, 1 << 20, 1),
+    SHARED_INFO: (4096, 4096, 1),
+    TSC_INFO: (24, 24, 1),
+    VCPU_MSRS: (8, 65536, 1),
+    STATIC_DATA_END: (0, 0, 1),
+    CPUID_POLICY: (24, 24 * 4096, 24),
+    MSR_POLICY: (16, 16 * 4096, 16),
+}
+OF_A_VCPU: Final = frozenset({VCPU_BASIC, VCPU_EXTENDED, VCPU_XSAVE, VCPU_MSRS})
+NEEDED: Final = {
+    PV_INFO: "the guest's kind",
+    CPUID_POLICY: "the processor's features (Xen 4.14 and later write them)",
+    STATIC_DATA_END: "the end of the static data",
+    P2M_FRAMES: "the map of the memory",
+    PAGE_DATA: "memory",
+    SHARED_INFO: "the shared info page",
+    VCPU_BASIC: "the state of a vcpu",
+}
+
+
+class ImageError(XenvmError):
+    """The file is not an image that can be restored here."""
+
+
+class Facts(Record):
+    """What an image says of its guest. `stream_at` is where the stream of libxenguest begins.
+
+    `sealed_bytes` is -1 when xenvm did not write it; `checksum` is then meaningless.
+    """
+
+    memory_max_kib: int
+    vcpus: int
+    streams_at: int
+    stream_at: int
+    sealed_bytes: int
+    checksum: int
+
+
+class Guest:
+    """What the stream says while it is walked through."""
+
+    def __init__(self) -> None:
+        self.xen_major = self.xen_minor = 0
+        self.vcpus: set[int] = set()
+        self.seen: set[int] = set()
+        self.last_frame = -1
+
+
+def facts(read: Read, size: int) -> Facts:
+    """Check what stands before the stream of libxenguest; ImageError says what is wrong."""
+    magic = read(len(saved.MAGIC), 0)
+    if magic != saved.MAGIC:
+        raise _foreign(magic, size)
+    at = len(saved.MAGIC)
+    order, mandatory, _optional, length = saved.HEADER.unpack(_exact(read, saved.HEADER.size, at))
+    at += saved.HEADER.size
+    if order != saved.BYTE_ORDER:
+        raise ImageError("the image was written by a machine of another byte order")
+    if mandatory != saved.JSON_CONFIG | saved.STREAM_V2:
+        raise ImageError(
+            f"the image has the mandatory flags {mandatory:#x}, known are {saved.JSON_CONFIG | saved.STREAM_V2:#x}",
+            hint="it is of a Xen before 4.6, or of a newer one than this xenvm knows",
+        )
+    if not saved.WORD.size < length <= CONFIG_LIMIT_BYTES:
+        raise ImageError(f"the config in the image has {length} bytes, at most {CONFIG_LIMIT_BYTES} are read")
+    optional = _exact(read, length, at)
+    (config_length,) = saved.WORD.unpack_from(optional)
+    if config_length != length - saved.WORD.size or optional[-1]:
+        raise ImageError("the config in the image has another length than its header says")
+    streams_at = at + length
+    ident, version, options = saved.LIBXL.unpack(_exact(read, saved.LIBXL.size, streams_at))
+    if ident != saved.LIBXL_IDENT:
+        raise ImageError("no stream of libxl follows the header of the image: it is damaged")
+    if version != saved.LIBXL_VERSION or options:
+        raise ImageError(
+            f"the stream of libxl has version {version}, options {options:#x}; known is version {saved.LIBXL_VERSION}",
+            hint="it is of another Xen release than this xenvm knows",
+        )
+    at = streams_at + saved.LIBXL.size
+    if saved.RECORD.unpack(_exact(read, saved.RECORD.size, at)) != (saved.LIBXC_CONTEXT, 0):
+        raise ImageError("the stream of libxl begins with another record than that of the memory: it is damaged")
+    memory_max_kib, vcpus = _config(optional[saved.WORD.size : -1])
+    sealed_bytes, checksum = _seal(optional)
+    return Facts(memory_max_kib, vcpus, streams_at, at + saved.RECORD.size, sealed_bytes, checksum)
+
+
+def _foreign(magic: bytes, size: int) -> ImageError:
+    if magic.startswith((b"XenSavedDomain", b"XenSavedDomv2")):
+        return ImageError(
+            "the image is one of the old xenvm or of XenServer, whose form today's Xen does not read",
+            hint="restore it with the toolstack that wrote it",
+        )
+    if magic.startswith(ZSTD_MAGIC):
+        return ImageError("the image is compressed with zstd", hint="unpack it first: zstd -d")
+    if saved.MAGIC.startswith(magic):
+        return ImageError(f"the image ends after {size} bytes: it is cut off")
+    return ImageError("the file is no save image: it does not begin as `xl save` and xenvm write them")
+
+
+def _config(untrusted_text: bytes) -> tuple[int, int]:
+    """Return memory and vcpus of a guest's config (libxl_domain_config as JSON)."""
+    try:
+        untrusted = jsontext.loads(untrusted_text.decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise ImageError("the config in the image is not JSON: it is damaged") from None
+    create = untrusted.get("c_info") if isinstance(untrusted, dict) else None
+    build = untrusted.get("b_info") if isinstance(untrusted, dict) else None
+    if not isinstance(create, dict) or not isinstance(build, dict):
+        raise ImageError("the config in the image says nothing of a guest")
+    kind = create.get("type", "")
+    if kind != "pv":
+        shown = kind if isinstance(kind, str) and kind in ("hvm", "pvh") else "unknown"
+        raise ImageError(f"the image is of a guest of the type {shown}, this VM is pv")
+    memory_kib, vcpus = build.get("max_memkb"), build.get("max_vcpus", 1)
+    if type(memory_kib) is not int or not 0 < memory_kib <= 2**42:
+        raise ImageError("the config in the image does not say how much memory the guest has")
+    if type(vcpus) is not int or not 0 < vcpus <= 8192:
+        raise ImageError("the config in the image does not say how many vcpus the guest has")
+    return memory_kib, vcpus
+
+
+def _seal(optional: bytes) -> tuple[int, int]:
+    untrusted_seal = optional[-len(saved.UNSEALED) - len(b"}\0") : -len(b"}\0")]
+    try:
+        sealed_bytes, checksum = (int(untrusted_seal[at : at + size], 16) for at, size in saved.SEAL_NUMBERS)
+    except ValueError:
+        return -1, 0
+    if untrusted_seal != saved.seal(sealed_bytes, checksum):
+        return -1, 0
+    if not sealed_bytes:
+        raise ImageError("the image was never finished: writing it was interrupted")
+    return sealed_bytes, checksum
+
+
+def pieces(read: Read, at: int, guest: Guest) -> Iterator[Piece]:
+    """Yield the stream of libxenguest from offset `at` on, in pieces that are checked; then what follows is checked.
+
+    `guest` is filled meanwhile. A piece that is a range of the file is the contents of pages.
+    """
+    head = _exact(read, LIBXC.size, at)
+    marker, ident, version, options, _r1, _r2 = LIBXC.unpack(head)
+    if marker != LIBXC_MARKER or ident != LIBXC_IDENT:
+        raise ImageError("the stream of the memory has no beginning: the image is damaged")
+    if version != LIBXC_VERSION or options:
+        raise ImageError(
+            f"the stream of the memory has version {version}, options {options:#x}; known is version {LIBXC_VERSION}",
+            hint="it is of another Xen release than this xenvm knows",
+        )
+    domain = _exact(read, DOMAIN.size, at + LIBXC.size)
+    kind, page_shift, _r3, guest.xen_major, guest.xen_minor = DOMAIN.unpack(domain)
+    if kind != PV:
+        raise ImageError(f"the memory in the image is of an {'HVM' if kind == HVM else 'unknown'} guest, this VM is pv")
+    if page_shift != PAGE_SHIFT or guest.xen_major > 0xFFFF or guest.xen_minor > 0xFFFF:
+        raise ImageError("the stream of the memory has a damaged header")
+    yield head + domain
+    at += LIBXC.size + DOMAIN.size
+    while True:
+        header = _exact(read, saved.RECORD.size, at)
+        record, length = saved.RECORD.unpack(header)
+        body_at, padded = at + len(header), -(-length // 8) * 8
+        if record == PAGE_DATA:
+            yield from _page_data(read, header, body_at, length, guest)
+        else:
+            _check_length(record, length)
+            body = _exact(read, padded, body_at)
+            if not record & OPTIONAL:
+                _check_body(record, body, length, guest)
+            yield header + body
+        guest.seen.add(record)
+        at = body_at + padded
+        if record == END:
+            break
+    for needed, name in NEEDED.items():
+        if needed not in guest.seen:
+            raise ImageError(f"the stream of the memory lacks {name}")
+    if _exact(read, saved.RECORD.size, at) != saved.TAIL:
+        raise ImageError("something else follows the memory than the end of the image", hint="is it of an HVM guest?")
+    if read(1, at + len(saved.TAIL)):
+        raise ImageError("something follows the end of the image: it is damaged")
+
+
+def _check_length(record: int, length: int) -> None:
+    if record & OPTIONAL:
+        if length > BODY_LIMIT_BYTES:
+            raise ImageError(f"a record of the type {record:#x} has {length} bytes: the image is damaged")
+        return
+    least, most, step = LENGTHS.get(record, (0, -1, 1))
+    if most < 0:
+        raise ImageError(
+            f"the stream of the memory has a record of the unknown type {record:#x}",
+            hint="the image is damaged, or of a newer Xen than this xenvm knows",
+        )
+    if not least <= length <= most or length % step:
+        raise ImageError(f"a record of the type {record:#x} has {length} bytes: the image is damaged")
+
+
+def _check_body(record: int, body: bytes, length: int, guest: Guest) -> None:
+    """Check what of a record can be checked without Xen, and that it comes when it may."""
+    if record in (PV_INFO, CPUID_POLICY, MSR_POLICY, STATIC_DATA_END):
+        if guest.seen & {P2M_FRAMES, PAGE_DATA} or record in guest.seen:
+            raise ImageError(f"a record of the type {record:#x} comes at the wrong place: the image is damaged")
+    elif record != END and not {PV_INFO, STATIC_DATA_END} <= guest.seen:
+        raise ImageError(f"a record of the type {record:#x} comes too early: the image is damaged")
+    if any(body[length:]):
+        raise ImageError(f"a record of the type {record:#x} is followed by more than zeros: the image is damaged")
+    if record == PV_INFO:
+        width, levels = body[0], body[1]
+        if (width, levels) != (8, 4) or any(body[2:]):
+            raise ImageError("the image is of a PV guest that is not a 64-bit one", hint="such a guest cannot run here")
+    elif record == P2M_FRAMES:
+        first, guest.last_frame = struct.unpack_from("<II", body)
+        per_frame = PAGE_BYTES // 8
+        if first > guest.last_frame or length != 8 + 8 * (guest.last_frame // per_frame - first // per_frame + 1):
+            raise ImageError("the map of the memory has another length than it says: the image is damaged")
+    elif record in OF_A_VCPU:
+        number, reserved = struct.unpack_from("<II", body)
+        if number >= 8192 or reserved:
+            raise ImageError("the state of a vcpu has an impossible number: the image is damaged")
+        if record == VCPU_BASIC:
+            guest.vcpus.add(number)
+
+
+def _page_data(read: Read, header: bytes, at: int, length: int, guest: Guest) -> Iterator[Piece]:
+    if P2M_FRAMES not in guest.seen:
+        raise ImageError("memory comes before its map: the image is damaged")
+    counts = _exact(read, PAGES.size, at)
+    count, reserved = PAGES.unpack(counts)
+    if not 0 < count <= PAGES_LIMIT or reserved:
+        raise ImageError(f"a record of pages says that it has {count}: the image is damaged")
+    numbers = _exact(read, 8 * count, at + PAGES.size)
+    full = 0
+    for (number,) in struct.iter_unpack("<Q", numbers):
+        kind, frame = number >> TYPE_SHIFT, number & FRAME_MASK
+        if kind in WITH_DATA:
+            full += 1
+        elif kind not in WITHOUT_DATA:
+            raise ImageError(f"a page has the impossible type {kind}: the image is damaged")
+        if frame > guest.last_frame or (number & ~(0xF << TYPE_SHIFT)) != frame:
+            raise ImageError(f"a page has the number {frame}, the last one is {guest.last_frame}: the image is damaged")
+    begin = at + PAGES.size + len(numbers)
+    if length != PAGES.size + len(numbers) + full * PAGE_BYTES:
+        raise ImageError(f"a record of {full} pages has {length} bytes: the image is damaged")
+    if full:
+        _exact(read, 1, begin + full * PAGE_BYTES - 1)
+    yield header + counts + numbers
+    if full:
+        yield (begin, full * PAGE_BYTES)
+
+
+def _exact(read: Read, length: int, at: int) -> bytes:
+    content = read(length, at)
+    if len(content) != length:
+        raise ImageError(f"the image ends after {at + len(content)} bytes: it is cut off")
+    return content

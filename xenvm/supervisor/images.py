@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The commands about save images: from their parameters to requests. Pure."""
+
+from __future__ import annotations
+
+from xenvm.boundary.images import Restore, Save
+from xenvm.boundary.messages import Op
+from xenvm.errors import WrongStateError
+from xenvm.supervisor.commands import boolean, seconds
+from xenvm.supervisor.states import Event
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Final
+
+    Params = Mapping[str, str]
+
+COMMANDS: Final = ("suspend", "checkpoint", "restore")
+CANCELLABLE: Final = frozenset(COMMANDS)
+SUSPEND_WAIT_S: Final = 60.0  # a guest that suspends does within a second or two
+COMMIT_WAIT_S: Final = 60.0  # for the client to give the file its name
+
+
+def request(name: str, sequence: int, params: Params) -> tuple[Event, Op, Save | Restore]:
+    """Return what a command does to the VM, and what to ask of the broker; raise XenvmError when it cannot be done."""
+    if name == "restore":
+        paused = boolean(params, "paused")
+        boolean(params, "delete")  # whoever gave the command does that
+        event = Event.RESTORE_PAUSED if paused else Event.RESTORE
+        return event, Op.RESTORE_PAUSED if paused else Op.RESTORE, Restore(sequence, paused)
+    if boolean(params, "live"):
+        raise WrongStateError(
+            f"{name}: a PV guest cannot be saved live here: that needs a hypervisor with shadow paging (log-dirty mode "
+            "for PV), which Debian's is not",
+            hint=f"without live=true the guest stands still while its memory is written; {name} file=... does that",
+        )
+    timeout_s = max(1, round(seconds(params, "timeout", SUSPEND_WAIT_S)))
+    if name == "checkpoint":
+        return Event.CHECKPOINT, Op.CHECKPOINT, Save(sequence, True, timeout_s)
+    return Event.SUSPEND, Op.SAVE, Save(sequence, False, timeout_s)
+
+
+def size(text: str) -> dict[str, object]:
+    """Return what a command says of the image that it has made."""
+    return {"image_bytes": int(text)} if text.isascii() and text.isdigit() else {}
