@@ -87,8 +87,6 @@ OWN = {
     "xenvm.helpers.storage": {Role.STORAGE},
     "xenvm.helpers.unpacker": {Role.UNPACKER},
     "xenvm._unpack": {Role.UNPACKER},
-    "lzma": {Role.UNPACKER},
-    "zlib": {Role.UNPACKER},
     "xenvm.helpers.devices": {Role.BUILDER, Role.HOTPLUG},
     "xenvm.helpers.exchange": {Role.BUILDER, Role.HOTPLUG},
     "xenvm.helpers.store": {Role.BUILDER, Role.HOTPLUG},
