@@ -271,7 +271,8 @@ class SimulatedHost:
         self.machine.close()
         self.process.terminate()
         assert self.process.wait(timeout=30) == 0, (self.top / "simulator").read_text()
-        assert (self.top / "simulator").read_text() == ""
+        said = (self.top / "simulator").read_text()
+        assert said == "", said
         assert sorted(path.name for path in self.sockets.iterdir()) == ["console", "log"]
         shutil.rmtree(self.top)
 

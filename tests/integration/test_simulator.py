@@ -262,3 +262,17 @@ def test_the_audit_knows_a_simulated_host(host, vm):  # noqa: F811
         assert done.returncode == 0, done.stdout
         assert "0 differences" in done.stdout
     assert host.run("xenvm-audit", "verify", guest.uuid).returncode == 0
+
+
+def test_a_killed_monitor_leaves_no_socket_for_good(host, vm):  # noqa: F811
+    """Its domain is gone when the next one starts, so that nobody could know which number the socket was named by."""
+    guest = vm()
+    guest.start()
+    domid = guest.domid
+    assert (host.sockets / f"domid-{domid}").exists()
+    kill(guest.broker())
+    until(lambda: not host.processes(), "its processes have ended", 20)
+    host.destroy(domid)
+    guest.write(startup="shutdown")
+    guest.start()
+    assert not (host.sockets / f"domid-{domid}").exists()
