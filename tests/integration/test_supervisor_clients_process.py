@@ -55,7 +55,7 @@ def test_an_old_client_of_a_command_without_a_result(monitor):
     ("method", "params", "text"),
     [
         ("sing", {}, "'sing': no such command"),
-        ("suspend", {}, "does not save or restore"),
+        ("suspend", {}, "the file comes as an open descriptor"),
         ("unpause", {}, "the VM is running"),
         ("status", {"x": "1"}, "no argument 'x'"),
         ("shutdown", {"timeout": "soon"}, "is not a time"),
