@@ -12,7 +12,7 @@ class FakeChild:
 
     made: ClassVar[list] = []
 
-    def __init__(self, role, _log, _extra, _uuid):
+    def __init__(self, role, _log, _extra, *_arguments):
         self.role, self.pid, self.status = role, 1000 + len(self.made), None
         self.channel, self.there = Channel.pair()
         self.pidfd, self._alive = os.pipe()

@@ -49,6 +49,7 @@ def place(users, tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "DIRECTORY", str(directory))
     monkeypatch.setattr(kernels, "Cache", lambda: Cache(str(directory)))
     monkeypatch.setattr(kernels, "SETTLED_NS", -(2**62))
+    monkeypatch.setattr(kernels, "FREE_BYTES", 0)
     before = len(os.listdir("/proc/self/fd"))
     yield directory
     assert len(os.listdir("/proc/self/fd")) == before
@@ -58,6 +59,25 @@ def write(tmp_path, data, name="vmlinuz"):
     path = tmp_path / name
     path.write_bytes(data)
     return path
+
+
+@pytest.mark.parametrize("why", ["mode", "owner", "file system", "room"])
+def test_what_cannot_be_believed_is_unpacked_into_memory(place, tmp_path, monkeypatch, why):
+    """Numbers of a file that somebody else could have set are no name for it; and others need room on the disk."""
+    path = write(tmp_path, bz_image(gzip.compress(INNER)))
+    if why == "mode":
+        path.chmod(0o664)
+    elif why == "owner":
+        os.chown(path, 65534, 0)
+    elif why == "file system":
+        monkeypatch.setattr(kernels, "HOST_PATHS", ("/proc",))
+    else:
+        monkeypatch.setattr(kernels, "FREE_BYTES", 2**62)
+    kernel, workers = made(path)
+    assert (os.pread(kernel.ready, len(INNER), 0), workers) == (INNER, 1)
+    assert kernel.keep() is False
+    kernel.close()
+    assert [*place.iterdir()] == []
 
 
 def turn(kernel, take):

@@ -9,7 +9,7 @@ import pytest
 from children import FakeChild
 
 from xenvm.boundary.messages import Ask, Domain, DomainState, Failed, Fault, Grants, HostPolicy, Init, Phase, Policy
-from xenvm.broker import bridges, core, images, plugging, spares
+from xenvm.broker import bridges, core, images, kernels, plugging, spares
 from xenvm.broker.core import Broker
 
 UUID = "11111111-2222-4333-8444-555555555555"
@@ -127,7 +127,7 @@ class Bench:
 def bench(monkeypatch, tmp_path):
     """Give a bench, and take care that nothing of it stays open; for a fixture."""
     FakeChild.made = []
-    for module in (core, images, plugging, spares):
+    for module in (core, images, kernels, plugging, spares):
         monkeypatch.setattr(module, "Child", FakeChild)
     monkeypatch.setattr(bridges, "bridges", lambda: ["br0"])
     before = psutil.Process().num_fds()

@@ -27,7 +27,7 @@ from xenvm.boundary.messages import (
 )
 from xenvm.boundary.privileges import Role
 from xenvm.boundary.workers import Decrypt, Join
-from xenvm.broker import book, disks, plugging, uevents
+from xenvm.broker import book, core, disks, plugging, uevents
 from xenvm.broker.phases import PERMITS, VmPhase
 from xenvm.broker.work import POSTPONED_LIMIT
 from xenvm.errors import BusyError, ExitCode
@@ -172,7 +172,9 @@ def test_the_servers_of_the_domain_before_end_when_it_is_gone(bench):
     assert bench.ended == ["4711 99"]
 
 
-def test_they_end_too_when_the_next_domain_cannot_be_built_or_has_no_devices(bench):
+def test_they_end_too_when_the_next_domain_cannot_be_built_or_has_no_devices(bench, monkeypatch):
+    """What a builder has not made, it may not have destroyed either: another one looks."""
+    monkeypatch.setattr(core, "look_again", lambda *_: Done(0, NO_DOMAIN, ""))
     bench.known(RUNNING)
     bench.broker._book.seen((ADDED,))
     bench.ask(Op.REBUILD)
@@ -396,6 +398,64 @@ def test_many_changes_leave_no_descriptor(bench):
         bench.heard()
         counts.append(len(os.listdir("/proc/self/fd")))
     assert set(counts) == {counts[0]}
+
+
+def test_they_live_on_with_a_domain_that_the_builder_could_not_destroy(bench, monkeypatch):
+    monkeypatch.setattr(core, "look_again", lambda *_: Done(0, RUNNING, "", (ADDED,)))
+    bench.known(RUNNING)
+    bench.broker._book.seen((ADDED,))
+    bench.ask(Op.REBUILD)
+    bench.answer(Failed(0, Fault(1, "xenstored is gone", ""), NO_DOMAIN))
+    assert bench.ended == []
+    assert isinstance(bench.heard(), Failed)
+    assert bench.broker._phase is VmPhase.BUILT
+
+
+# A kernel that cannot be unpacked
+
+
+def unpackers(bench):
+    return [child for child in FakeChild.made if child.role is Role.UNPACKER]
+
+
+def refuse_kernel(bench):
+    """Let every unpacker fail that is asked."""
+    for number in range(3):
+        if len(unpackers(bench)) > number:
+            tell(bench, unpackers(bench)[number], Failed(0, Fault(1, "the image is damaged", ""), NO_DOMAIN))
+
+
+def test_a_damaged_kernel_costs_a_running_domain_nothing(bench):
+    """A forced restart: nobody has touched the domain, whose disks go on."""
+    devices_of(bench, disks=(DISK,)).known(RUNNING)
+    served = SEEN.but(server="4711 99")
+    bench.broker._book.seen((served,))
+    bench.kernel.write_bytes(b"not an ELF file")
+    bench.ask(Op.REBUILD, 3)
+    refuse_kernel(bench)
+    answer = bench.heard()
+    assert isinstance(answer, Failed)
+    assert "kernel: the image is damaged" in answer.fault.message
+    assert answer.domain.phase is Phase.BUILT
+    assert (bench.broker._phase, bench.broker._domid) == (VmPhase.BUILT, RUNNING.domid)
+    assert bench.ended == []
+    assert bench.broker._book.servers == {"4711 99"}
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_a_domain_is_adopted_also_when_its_kernel_is_damaged(bench, monkeypatch, found):
+    """Its image servers live on; without a domain the start fails of the kernel."""
+    devices_of(bench, disks=(DISK,))
+    served = SEEN.but(server="4711 99")
+    answer = Done(0, RUNNING if found else NO_DOMAIN, "", (served,) if found else ())
+    monkeypatch.setattr(core, "look_again", lambda *_: answer)
+    bench.kernel.write_bytes(b"not an ELF file")
+    bench.broker._begin(0, Op.START, 60)
+    refuse_kernel(bench)
+    told = bench.heard()
+    assert type(told) is (Done if found else Failed)
+    assert bench.ended == []
+    assert bench.broker._phase is (VmPhase.BUILT if found else VmPhase.ABSENT)
 
 
 # What the kernel says

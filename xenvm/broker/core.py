@@ -173,6 +173,8 @@ class Broker:
         if self._work and time.monotonic() >= self._work.end:
             self._finish()
         self._spares.expire()
+        if self._keeping and self._keeping.children and time.monotonic() >= self._keeping.end_s:
+            self._keeping.close()
         if self._watcher_due and time.monotonic() >= self._watcher_due:
             self._start_watcher()
 
@@ -180,6 +182,7 @@ class Broker:
         due = [self._work.end] if self._work else []
         due += [self._watcher_due] if self._watcher_due else []
         due += self._spares.due_s
+        due += [self._keeping.end_s] if self._keeping and self._keeping.children else []
         return max(0.0, (min(due) - time.monotonic()) * 1000) if due else None
 
     def _signalled(self, numbers: bytes) -> None:
@@ -510,12 +513,7 @@ class Broker:
             self._pass_on(work, message)
         elif isinstance(message, Failed):
             work.close()
-            before, made = self._domid, None
-            if work.op in REBUILDING:
-                self._set_phase(VmPhase.ABSENT, -1)
-                self._book.domain_gone(for_good=False)
-                if work.result is None:  # killed in the middle: what it had half done is removed before anybody hears
-                    made = self._tidy_up(work.sequence, before)
+            made = self._after_failure(work) if work.op in REBUILDING else None
             answer = made or work.answer or Failed(work.sequence, message.fault, self._known())
             if work.op is Op.PLUG and work.result is None:
                 self._first(work, Op.UNPLUG, answer, undone(work))
@@ -568,11 +566,21 @@ class Broker:
         if uevents.gone(self._book.known, self._domid) and allow(self._asked[Op.SETTLE], PERMITS[Op.SETTLE].per_minute):
             self._begin(0, Op.SETTLE, PERMITS[Op.SETTLE].deadline_s)
 
-    def _tidy_up(self, sequence: int, before: int) -> Done | None:
-        """Have what a dead builder left removed. A new domain that was whole already stays: return the answer then.
+    def _after_failure(self, work: Work) -> Done | None:
+        """Learn what a build that failed has left, and have removed what is half there.
 
-        A failure is logged, and the record in xenstore lets the next look or start retry.
+        A domain that is whole is never touched: return the answer that the job would have had if it is a new one, or
+        one to be adopted. A failure is logged, and the record in xenstore lets the next look or start retry.
         """
+        before = self._domid
+        if work.waits_for_kernel and work.op is Op.REBUILD:  # nobody has touched the domain
+            return None
+        self._set_phase(VmPhase.ABSENT, -1)
+        told = work.result is not None and (work.created or work.op is not Op.REBUILD)
+        if told or work.created:  # its image servers served a domain that is gone
+            self._book.domain_gone(for_good=False)
+        if told:
+            return None
         builder = Child(Role.BUILDER, self._log, {}, self._grants.uuid)
         answer = look_again(builder, self._grants, PERMITS[Op.DESTROY].deadline_s, self._acts)
         if answer:
@@ -580,6 +588,8 @@ class Broker:
         if not isinstance(answer, Done):
             return None
         self._book.seen(answer.devices)
-        self._book.domain_gone(for_good=answer.domain.state is DomainState.ABSENT)
-        served = any(state.server for state in answer.devices)  # by servers that have been ended
-        return None if served or answer.domain.domid in (-1, before) else answer.but(sequence=sequence)
+        absent = answer.domain.state is DomainState.ABSENT
+        if absent or work.created:
+            self._book.domain_gone(for_good=absent)
+        served = work.created and any(state.server for state in answer.devices)  # by servers that have been ended
+        return None if served or answer.domain.domid in (-1, before) else answer.but(sequence=work.sequence)

@@ -4,7 +4,10 @@
 A cache entry is a file of root in DIRECTORY, named by three words: which compressed file it was made of (device, inode,
 size and both times of it, hashed), the SHA-256 of what is in it, and the boot of the host in which that was last
 compared. Two kernels are the same when these numbers are the same: changing a file changes its ctime, which nobody can
-set. To hash eight megabytes of compressed kernel instead would not be more certain, and take longer than all the rest.
+set on a file system of this host. So only kernels are kept that belong to root, that nobody else may write, and that
+lie on the file systems of the host itself (HOST_PATHS). The numbers of any other mean nothing, a tenant may have made
+them with the whole file system: it is unpacked into memory at every start. To hash eight megabytes of compressed
+kernel instead would take longer than all the rest.
 
 What makes an entry trustworthy: the file has no name before it is whole, on the disk, and summed by a second process
 that never saw the compressed image; whoever could write to it has ended before anybody reads it. After a boot, when the
@@ -37,9 +40,12 @@ if TYPE_CHECKING:
     Steps = Generator[Child, Message, int]
 
 DIRECTORY: Final = "/var/cache/xenvm"
+KEEP_WAIT_S: Final = 600.0
 ENTRIES_LIMIT: Final = 8  # an unpacked kernel of Debian has 60 MiB
 SIZE_LIMIT_BYTES: Final = 2 << 30
 ELF: Final = b"\x7fELF"
+HOST_PATHS: Final = ("/", "/boot", "/usr")  # their file systems are the host's own
+FREE_BYTES: Final = 2 << 30  # as much stays free on the disk of the cache: others need it, the act logs among them
 SETTLED_NS: Final = 2_000_000_000  # a file this young may still change without a change of its times
 
 
@@ -77,6 +83,9 @@ class Cache:
         if self._directory < 0:
             return -1
         try:
+            room = os.fstatvfs(self._directory)
+            if room.f_bavail * room.f_frsize < FREE_BYTES:
+                return -1
             return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o400, dir_fd=self._directory)
         except OSError:
             return -1
@@ -125,6 +134,7 @@ class Kernel:
         self._cache = Cache()
         self._fresh = self._unpacked = -1
         self._key, self._in_memory = "", False
+        self.end_s = 0.0
         self.child: Child | None = None
         self.ready = -1
         self._steps = self._prepare()
@@ -143,6 +153,8 @@ class Kernel:
         """Go on with a worker's answer; raise XenvmError when it failed."""
         if self.child:
             self.child.end(grace_ms=1000)
+            if self.child.status is None:  # it hangs in the kernel, over the disk: it may still write
+                raise XenvmError("kernel: the unpacker does not end", hint="is the disk of /var/cache/xenvm well?")
         self._go_on(message)
 
     def gone(self) -> None:
@@ -155,9 +167,13 @@ class Kernel:
             self._go_on(Failed(0, fault, NO_DOMAIN))
 
     def keep(self) -> bool:
-        """After the start: begin to put the unpacked kernel into the cache; tell whether there is anything to do."""
+        """After the start: begin to put the unpacked kernel into the cache; tell whether there is anything to do.
+
+        It has to be done by `end_s` (monotonic); who calls this closes it then.
+        """
         if self._fresh < 0:
             return False
+        self.end_s = time.monotonic() + KEEP_WAIT_S
         self._steps = self._settle()
         with suppress(XenvmError):
             self._go_on(None)
@@ -208,6 +224,8 @@ class Kernel:
             return self._image
         before = os.fstat(self._image)
         self._key = key_of(before)
+        if not is_hosts_own(before):
+            self._cache.close()
         name, self._unpacked = self._cache.find(self._key)
         if name:
             digest, _, boot = name[len(self._key) + 1 :].partition("-")
@@ -257,6 +275,17 @@ def key_of(status: os.stat_result) -> str:
     """Return the word for the very state of a file."""
     parts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     return hexdigest(repr(parts).encode("ascii"))[:32]
+
+
+def is_hosts_own(status: os.stat_result) -> bool:
+    """Tell whether a file is the administrator's, on a file system whose times can be believed."""
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        return False
+    for path in HOST_PATHS:
+        with suppress(OSError):
+            if os.stat(path).st_dev == status.st_dev:  # noqa: PTH116 - pathlib costs 5 ms
+                return True
+    return False
 
 
 def boot_id() -> str:

@@ -67,7 +67,7 @@ def end_server(text: str) -> None:
             signal.pidfd_send_signal(pidfd, number)
             if poll.poll(END_WAIT_MS):
                 return
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):  # it has ended, or is none of ours
         return
     finally:
         os.close(pidfd)

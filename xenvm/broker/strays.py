@@ -48,7 +48,12 @@ class Strays(Record):
 
 
 def find(uuid: str, used: Collection[int], servers: Collection[str]) -> Strays:
-    """Return what is left of this VM, whose domain has the disks `used`, served by `servers`."""
+    """Return what is left of this VM, whose domain has the disks `used`, served by `servers`.
+
+    A simulated host has no such devices; those of this machine are not its own.
+    """
+    if HERE.simulator:
+        return Strays((), (), ())
     nbds, mappings = [], []
     for name in sorted(os.listdir(BLOCK_DEVICES)):  # noqa: PTH208 - pathlib costs 5 ms at each start
         if name.startswith("nbd") and _unused(_line(f"{BLOCK_DEVICES}/{name}/backend"), uuid, used):
@@ -74,8 +79,8 @@ def tidy(uuid: str, book: Book, log: int, acts: ActLog) -> None:
     """Remove what dead workers of this VM's disks left; a failure is logged, and `doctor` still shows it."""
     try:
         clear(find(uuid, book.disks, book.servers), uuid, log)
-    except XenvmError as error:
-        acts.append("left", why=error.message[:200])
+    except (XenvmError, OSError) as error:
+        acts.append("left", why=str(error)[:200])
 
 
 def _unused(name: str, uuid: str, used: Collection[int]) -> bool:

@@ -130,6 +130,11 @@ class Work:
         if self.feed:
             self.feed.close_pipe()
 
+    @property
+    def waits_for_kernel(self) -> bool:
+        """Tell whether the builder has not been told anything yet."""
+        return self.job is not None
+
     def stop(self) -> None:
         """End everything that works on it; what it has opened is closed."""
         self.builder.end()
@@ -158,9 +163,10 @@ class Work:
 
 def ask_once(child: Child, message: Message, deadline_s: float) -> Done | Failed:
     """Ask a fresh helper for one thing, wait for the answer, end it; raise XenvmError when there is none in time."""
+    end = time.monotonic() + deadline_s
     try:
         child.channel.send(message)
-        while (received := child.channel.receive(deadline_s=deadline_s)) is not None:
+        while (received := child.channel.receive(deadline_s=max(0.0, end - time.monotonic()))) is not None:
             for descriptor in received[1]:
                 os.close(descriptor)
             if isinstance(received[0], Done | Failed):

@@ -233,10 +233,11 @@ def show(found: Sequence[Audited], *, verbose: bool) -> str:
     return "".join(parts) + f"{_processes(found)} processes, {_differences(found)} differences\n"
 
 
-def as_json(uuid: str, found: Sequence[Audited]) -> dict[str, object]:
-    """Return the result as plain values."""
+def as_json(uuid: str, found: Sequence[Audited], simulator: str = "") -> dict[str, object]:
+    """Return the result as plain values; `simulator` is the directory of a simulated host, "" on Xen's."""
     return {
         "uuid": uuid,
+        "simulator": simulator,
         "processes": _processes(found),
         "differences": _differences(found),
         "audited": [
@@ -350,7 +351,10 @@ def run(line: argparse.Namespace, host: Host) -> ExitCode:
             render.out(
                 f"simulated host in {render.plain(host.sockets)}: one user for all processes, no capabilities\n\n"
             )
-        render.out(render.json_line(as_json(uuid, found)) if line.json else show(found, verbose=line.verbose))
+        if line.json:
+            render.out(render.json_line(as_json(uuid, found, host.place.simulator)))
+        else:
+            render.out(show(found, verbose=line.verbose))
         return ExitCode.FAILED if _differences(found) else ExitCode.DONE
     return ExitCode.DONE
 

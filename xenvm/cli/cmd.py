@@ -328,11 +328,17 @@ def run(line: Line) -> ExitCode:
         return special.get(line.command, _call)(monitor, line)
 
 
+NOT_IN_BATCH = frozenset(
+    {"events", "console", "console-log", "help", "list", "suspend", "checkpoint", "restore", BATCH}
+)
+"""What keeps a terminal or a file of its own open, or needs no monitor."""
+
+
 def _one_of_many(monitor: Monitor, batch: Line, words: list[str]) -> ExitCode:
     """Do one command of a batch, which has the options of the whole."""
     line = Line()
     line.as_json, line.command = batch.as_json, words[0]
-    if line.command in ("events", "console", "console-log", "help", "list", BATCH) or line.command.startswith("-"):
+    if line.command in NOT_IN_BATCH or line.command.startswith("-"):
         raise UsageError(f"{line.command}: not in a batch", hint="call xenvm-cmd for it alone")
     line.params = _params(line.command, words[1:])
     return _call(monitor, line)

@@ -7,6 +7,7 @@ import fcntl
 import os
 import select
 import socket
+import stat
 import sys
 
 from xenvm.boundary.place import MARK, OPTION, Place
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 START_WAIT_S: Final = 30.0
 PATH_LIMIT_BYTES: Final = 60  # the name of a command socket is added, and a socket's path ends at 107, unix(7)
 XENS_DIRECTORY: Final = "/run/xenvm"
+
+
+KEPT = frozenset({"log", "console", "simulator.log", "policy.toml"})
+"""What stays of a simulated host that has ended."""
 
 
 def prepare() -> Place:
@@ -59,10 +64,25 @@ def _directory() -> str:
     try:
         os.mkdir(directory, 0o700)  # noqa: PTH102
     except FileExistsError:
-        pass
+        _check(directory)
     except OSError as error:
         raise XenvmError(f"cannot make {directory}: {error.strerror}") from error
     return directory
+
+
+def _check(directory: str) -> None:
+    """Refuse a directory that is somebody else's, or holds something else: a simulated host makes and removes in it."""
+    status = os.lstat(directory)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise XenvmError(
+            f"{directory} is not a directory that only you can change", hint="export XENVM_SOCKET_DIR=$(mktemp -d)"
+        )
+    names = set(os.listdir(directory))  # noqa: PTH208
+    if MARK not in names and names - KEPT:
+        raise XenvmError(
+            f"{directory} has something else in it, and was never a simulated host's",
+            hint="give XENVM_SOCKET_DIR an empty directory of its own",
+        )
 
 
 def _start(directory: str) -> bool:
