@@ -400,7 +400,7 @@ _ROWS: Final = (
         landlock=Landlock.UNRESTRICTED,
         descriptors=_frozen({3: SOCKET}),
         extra_descriptors=frozenset({SOCKET, FILE, PTY, EPOLL, "/dev/ptmx"}),
-        limits=_limits(NPROC=0, NOFILE=65536),
+        limits=_limits(NPROC=0, NOFILE=8192),
         lifetime=HOST,
         requests=(),
         dies_with_parent=False,
