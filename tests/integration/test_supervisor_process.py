@@ -144,6 +144,8 @@ def test_a_failed_pause_leaves_the_guest_running(monitor):
     monitor.failed(monitor.asked(Op.PAUSE), FAULT, RUNNING)
     assert client.refusal() == (ExitCode.FAILED, FAULT.message, FAULT.hint)
     assert client.call("status")["data"]["state"] == "running"
+    monitor.failed(monitor.asked(Op.QUERY), FAULT, RUNNING)  # a look follows what failed, but not a look
+    assert monitor.nothing_asked()
 
 
 def test_shutdown(monitor):

@@ -9,8 +9,9 @@ import pytest
 from children import FakeChild
 
 from xenvm.boundary.messages import Ask, Domain, DomainState, Failed, Fault, Grants, HostPolicy, Init, Phase, Policy
-from xenvm.broker import bridges, core, images, kernels, plugging, spares
+from xenvm.broker import bridges, core, images, kernels, plugging, spares, work
 from xenvm.broker.core import Broker
+from xenvm.errors import XenvmError
 
 UUID = "11111111-2222-4333-8444-555555555555"
 RUNNING = Domain(7, DomainState.RUNNING, Phase.BUILT, -1, 65536, 1, 5)
@@ -20,8 +21,11 @@ FAULT = Fault(1, "no", "")
 class Acts:
     def __init__(self):
         self.records = []
+        self.full = False
 
     def append(self, act, **details):
+        if self.full:
+            raise XenvmError("the log is full")
         self.records.append((act, details))
 
     def of(self, act):
@@ -63,6 +67,8 @@ class Bench:
         return self.grants, Policy("started", "preserve", "reboot", "destroy", 60, 40), {}
 
     def close(self):
+        self.broker._book.saved = False  # nobody is there who would resume the guest
+        self.broker._phase = core.VmPhase.UNKNOWN
         self.broker._end_children()
         for child in FakeChild.made:
             child.end()
@@ -127,7 +133,7 @@ class Bench:
 def bench(monkeypatch, tmp_path):
     """Give a bench, and take care that nothing of it stays open; for a fixture."""
     FakeChild.made = []
-    for module in (core, images, kernels, plugging, spares):
+    for module in (core, images, kernels, plugging, spares, work):
         monkeypatch.setattr(module, "Child", FakeChild)
     monkeypatch.setattr(bridges, "bridges", lambda: ["br0"])
     before = psutil.Process().num_fds()

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The broker and save images: descriptors that it passes on, guests that run on whatever fails, images that it starts from."""
 
+import errno
 import os
+import signal
 import tempfile
 
 import broker_bench
@@ -10,11 +12,11 @@ from broker_bench import FAULT, RUNNING
 from children import FakeChild
 
 from xenvm.boundary.images import Image, Inspect, Restore, Save
-from xenvm.boundary.messages import NO_DOMAIN, DomainState, Done, Failed, Op, Progress
+from xenvm.boundary.messages import NO_DOMAIN, DomainState, Done, Failed, Init, Op, Progress
 from xenvm.boundary.privileges import Role
-from xenvm.broker import core, images
+from xenvm.broker import core, images, work
 from xenvm.broker.phases import IMAGE_S_PER_MIB, PERMITS
-from xenvm.errors import ExitCode, UsageError
+from xenvm.errors import ExitCode, UsageError, XenvmError
 
 SUSPENDED = RUNNING.but(state=DomainState.SHUTDOWN, reason=2)
 IMAGE = Image(65536, 1, 4, 17)
@@ -59,8 +61,7 @@ def restore(bench, file, *, paused=False):
 def test_a_save_gets_the_file_and_time_for_the_memory(bench, file, go_on, op):
     job = save(bench, file, go_on=go_on)
     assert (job.op, job.timeout_s, job.domid) == (op, 30, 7)
-    work = bench.broker._work
-    assert work.deadline_s == PERMITS[op].deadline_s + 30 + 64 * IMAGE_S_PER_MIB
+    assert bench.broker._work.deadline_s == PERMITS[op].deadline_s + 30 + 64 * IMAGE_S_PER_MIB
     bench.answer(Progress(0, "writing the image", 4096, 65536))
     assert bench.heard() == Progress(5, "writing the image", 4096, 65536)
     bench.answer(Done(0, SUSPENDED, "4711"))
@@ -143,6 +144,144 @@ def test_destroy_overtakes_a_save(bench, file):
     bench.ask(Op.DESTROY, sequence=8)
     assert "ended by destroy" in bench.refused()
     assert bench.job()[0].op is Op.DESTROY
+
+
+# When more than the builder ends
+
+
+@pytest.fixture
+def resumed(bench, monkeypatch):
+    """The jobs given to fresh builders while the monitor ends."""
+    given = []
+
+    def ask(child, message, deadline_s):
+        child.end()
+        given.append((message.op, message.domid, deadline_s))
+        return Done(0, RUNNING, "")
+
+    monkeypatch.setattr(work, "ask_once", ask)
+    return given
+
+
+THE_RESUME = [(Op.RESUME, 7, PERMITS[Op.RESUME].deadline_s)]
+
+
+def test_a_monitor_that_ends_over_a_save_lets_the_guest_run(bench, file, resumed):
+    save(bench, file)
+    os.write(bench.signals, bytes([signal.SIGTERM]))
+    bench.turn()
+    assert bench.broker._quitting
+    bench.broker._end_children()
+    assert resumed == THE_RESUME
+    assert bench.acts.of("result")[-1] == {"op": "resume", "result": "Done"}
+
+
+def test_a_monitor_that_ends_before_the_image_has_its_name_lets_the_guest_run(bench, file, resumed):
+    save(bench, file)
+    bench.answer(Done(0, SUSPENDED, "6"))
+    bench.broker._end_children()
+    assert resumed == THE_RESUME
+
+
+def test_a_monitor_that_ends_over_the_resume_begins_that_again(bench, file, resumed):
+    save(bench, file)
+    bench.builder.die()
+    bench.turn()
+    bench.broker._end_children()
+    assert resumed == THE_RESUME
+
+
+def test_a_monitor_that_ends_without_space_for_its_log_lets_the_guest_run(bench, file, resumed):
+    save(bench, file)
+    bench.acts.full = True
+    bench.broker._end_children()
+    assert resumed == THE_RESUME
+
+
+@pytest.mark.parametrize("when", ["before", "committed", "resumed", "gone"])
+def test_a_monitor_that_ends_otherwise_wakes_nobody(bench, file, resumed, when):
+    save(bench, file, go_on=when == "before")
+    bench.answer(Done(0, SUSPENDED, "6"))
+    if when in ("committed", "gone"):
+        bench.ask(Op.DESTROY)
+        bench.job()
+    if when == "resumed":
+        bench.ask(Op.RESUME)
+        bench.job()
+        bench.answer(Done(0, RUNNING, ""))
+    if when == "gone":
+        bench.answer(Done(0, NO_DOMAIN, ""))
+    bench.broker._end_children()
+    assert resumed == []
+
+
+def test_a_guest_is_resumed_though_the_log_of_acts_is_full(bench, file):
+    save(bench, file)
+    bench.acts.full = True
+    bench.builder.die()
+    bench.turn()
+    assert bench.job()[0].op is Op.RESUME
+    bench.answer(Done(0, RUNNING, ""))
+    assert "save: its builder ended" in bench.refused(ExitCode.FAILED)
+
+
+def test_without_space_in_the_log_nothing_else_begins(bench, file):
+    bench.known(RUNNING)
+    bench.acts.full = True
+    with pytest.raises(XenvmError, match="log is full"):
+        bench.send(Save(5, False, 30), [file.fileno()])
+    assert workers(Role.BUILDER) == []
+
+
+def test_a_resume_that_cannot_be_begun_is_told_with_the_failure(bench, file, monkeypatch):
+    save(bench, file)
+
+    def none(_self, _role):
+        raise XenvmError("no more processes")
+
+    monkeypatch.setattr(type(bench.broker._spares), "take", none)
+    bench.builder.die()
+    bench.turn()
+    assert "save: its builder ended" in bench.refused(ExitCode.FAILED)
+    assert bench.broker._work is None
+    assert "no more processes" in bench.acts.of("refused")[0]["why"]
+
+
+def test_a_restore_without_descriptors_left_is_refused(bench, file, monkeypatch):
+    def none(_flags):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    bench.known(NO_DOMAIN)
+    monkeypatch.setattr(images.os, "pipe2", none)
+    bench.send(Restore(6, False), [file.fileno()])
+    assert "restore: cannot be begun: Too many open files" in bench.refused(ExitCode.FAILED)
+    assert bench.broker._work is None
+    assert all(child.killed for child in workers(Role.BUILDER))
+
+
+@pytest.mark.parametrize("go_on", [False, True])
+def test_a_supervisor_that_dies_over_a_save_ends_it(bench, file, go_on):
+    save(bench, file, go_on=go_on)
+    saver = bench.builder
+    bench.supervisor.die()
+    bench.turn()
+    assert saver.killed
+    assert isinstance(bench.heard(), Init)
+    assert bench.job()[0].op is Op.RESUME
+    assert bench.silent()
+    bench.answer(Done(0, RUNNING, ""))
+    assert bench.heard() == Done(0, RUNNING, "")  # what the new supervisor waits for
+
+
+def test_a_supervisor_that_dies_over_the_resume_leaves_that_and_the_next_hears_of_it(bench, file):
+    save(bench, file)
+    bench.builder.die()
+    bench.turn()
+    bench.supervisor.die()
+    bench.turn()
+    assert isinstance(bench.heard(), Init)
+    bench.answer(Done(0, RUNNING, ""))
+    assert bench.heard() == Done(0, RUNNING, "")
 
 
 # Restoring

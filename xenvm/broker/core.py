@@ -35,6 +35,7 @@ from xenvm.broker import findings, host, images, strays, uevents
 from xenvm.broker.book import Book
 from xenvm.broker.children import Child
 from xenvm.broker.phases import (
+    LEAVES_SUSPENDED,
     LOOKED_UP,
     ON_DEVICES,
     PERMITS,
@@ -46,10 +47,10 @@ from xenvm.broker.phases import (
     VmPhase,
     extra_s,
 )
-from xenvm.broker.requests import REQUESTS, change_of, note, op_of, undone
+from xenvm.broker.requests import REQUESTS, change_of, must_wait, note, op_of, undone
 from xenvm.broker.spares import Spares
 from xenvm.broker.uevents import Uevents
-from xenvm.broker.work import POSTPONED_LIMIT, Change, Work, allow, failed, forget, look_again
+from xenvm.broker.work import Change, Work, allow, failed, forget, let_run, log_job, look_again
 from xenvm.context import suppress
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 
@@ -203,9 +204,13 @@ class Broker:
         self._spares.end()
         if self._watcher:
             self._watcher.end()
+        op = self._work.op if self._work else None
         if self._work:
             self._work.stop()
             self._work.close()
+        suspended = op in LEAVES_SUSPENDED or (self._book.saved and op is not Op.DESTROY)
+        if suspended and self._phase is VmPhase.BUILT:
+            let_run(self._grants, self._domid, self._log, self._acts)
         if self._keeping:
             self._keeping.close()
         forget(self._postponed)
@@ -253,21 +258,12 @@ class Broker:
             for descriptor in descriptors:  # those that were taken over are no longer in the list
                 os.close(descriptor)
 
-    def _must_wait(self, message: Message) -> bool:
-        """Tell whether a request has to wait for a job that the broker does of its own accord, and not for long."""
-        own = self._work and self._work.op is Op.SETTLE and not self._work.sequence
-        if not own or len(self._postponed) >= POSTPONED_LIMIT:
-            return False
-        if isinstance(message, Ask):
-            return message.op is not Op.DESTROY and message.op in PERMITS and PERMITS[message.op].deadline_s > 0
-        return isinstance(message, REQUESTS)
-
     def _take(self, child: Child, message: Message, descriptors: list[int]) -> None:
         """Act on one message of a child; one that is out of place ends it."""
         work = self._work
         if isinstance(message, Hello) and child.greets(message):
             self._acts.append("confined", role=message.role, pid=message.pid, proof=message.proof)
-        elif child is self._supervisor and self._must_wait(message):
+        elif child is self._supervisor and must_wait(work, message, len(self._postponed)):
             self._postponed.append((message, [*descriptors]))
             descriptors.clear()
         elif child is self._supervisor and isinstance(message, Ask):
@@ -331,10 +327,12 @@ class Broker:
             return
         self._supervisor = None
         forget(self._postponed)
-        if not self._work:  # else its end brings the new supervisor up to date
-            self._begin(0, Op.FIND, PERMITS[Op.FIND].deadline_s)
+        if self._work and self._work.op in SAVING:  # nobody is left who would give the image its name
+            self._cancel_image()
+        if self._work:  # its end brings the new supervisor up to date, to whom an answer to the old one means nothing
+            self._work.sequence, self._work.answer = 0, None
         else:
-            self._work.sequence = 0
+            self._begin(0, Op.FIND, PERMITS[Op.FIND].deadline_s)
         self._start_supervisor(first=False)
 
     def _to_supervisor(self, message: Message, descriptors: tuple[int, ...] = ()) -> None:
@@ -439,7 +437,7 @@ class Broker:
             change = change.but(image=images.open_granted(grants.image, self._acts))
         deadline_s += extra_s(op, grants.memory_max_mib)
         files = host.open_images(grants) if op in REBUILDING - RESTORING else []
-        self._acts.append("job", op=op.value, domid=self._domid)
+        log_job(self._acts, "job", op, op is Op.RESUME, domid=self._domid)
         role = Role.HOTPLUG if op in ON_DEVICES else Role.BUILDER
         work = Work(sequence, op, self._spares.take(role), deadline_s, change)
         work.begin(self._domid, grants, files, self._log, self._spares)
@@ -498,7 +496,8 @@ class Broker:
         message = work.outcome(self._known())
         if isinstance(message, Failed) and work.feed and work.feed.failure:  # the builder saw the end of its pipe only
             message = work.feed.failure
-        self._acts.append("result", op=work.op.value, pid=work.builder.pid, result=type(message).__name__)
+        urgent, result = work.op in LEAVES_SUSPENDED, type(message).__name__
+        log_job(self._acts, "result", work.op, urgent, pid=work.builder.pid, result=result)
         if isinstance(message, Done):
             note(self._book, work, message)
             if not work.created and work.op in LOOKED_UP:
@@ -528,8 +527,13 @@ class Broker:
                 self._spares.make_ready(Role.NETWORK)
 
     def _first(self, work: Work, op: Op, answer: Message, change: Change | None = None) -> None:
-        """Undo what a job has left by another one; only after that the answer to it is given."""
-        self._begin(work.sequence, op, PERMITS[op].deadline_s, change)
+        """Undo what a job has left by another one; only after that, or when it cannot be, the answer to it is given."""
+        try:
+            self._begin(work.sequence, op, PERMITS[op].deadline_s, change)
+        except XenvmError as error:
+            with suppress(XenvmError):
+                self._acts.append("refused", op=op.value, why=error.message[:200])
+            self._to_supervisor(answer)
         if self._work:
             self._work.answer = answer
 

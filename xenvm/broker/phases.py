@@ -73,6 +73,9 @@ IMAGE_S_PER_MIB: Final = 0.5
 SAVING: Final = frozenset({Op.SAVE, Op.CHECKPOINT})
 """What leaves the guest suspended when its helper dies."""
 
+LEAVES_SUSPENDED: Final = SAVING | {Op.RESUME}
+"""What is followed by RESUME when the monitor ends over it."""
+
 RESTORING: Final = frozenset({Op.RESTORE, Op.RESTORE_PAUSED, Op.START_RESTORED})
 """What reads an image."""
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 
 from xenvm.boundary.devices import Kind, NicGrant
 from xenvm.boundary.images import Restore, Save
-from xenvm.boundary.messages import DomainState, Op, Plug, Rebridge, Unplug
+from xenvm.boundary.messages import Ask, DomainState, Op, Plug, Rebridge, Unplug
 from xenvm.broker import images
-from xenvm.broker.phases import ON_DEVICES, REBUILDING
+from xenvm.broker.phases import ON_DEVICES, PERMITS, REBUILDING
 from xenvm.broker.plugging import Wanted
-from xenvm.broker.work import Change
+from xenvm.broker.work import POSTPONED_LIMIT, Change
 from xenvm.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
+    from xenvm.boundary.checks import Message
     from xenvm.boundary.messages import Done, Grants
     from xenvm.broker.actlog import ActLog
     from xenvm.broker.book import Book
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
 
 REQUESTS: Final = (Plug, Unplug, Rebridge, Save, Restore)
 NO_ADDRESS: Final = "00:00:00:00:00:00"
+
+
+def must_wait(work: Work | None, message: Message, postponed: int) -> bool:
+    """Tell whether a request has to wait for a job that the broker does of its own accord, and not for long."""
+    if not work or work.op is not Op.SETTLE or work.sequence or postponed >= POSTPONED_LIMIT:
+        return False
+    if isinstance(message, Ask):
+        return message.op is not Op.DESTROY and message.op in PERMITS and PERMITS[message.op].deadline_s > 0
+    return isinstance(message, REQUESTS)
 
 
 def op_of(request: Request) -> Op:

@@ -9,9 +9,10 @@ import time
 from xenvm.boundary.devices import Kind
 from xenvm.boundary.messages import Done, Failed, Fault, Job, Op
 from xenvm.boundary.privileges import Role
+from xenvm.broker.children import Child
 from xenvm.broker.images import Feed
 from xenvm.broker.kernels import Kernel
-from xenvm.broker.phases import RESTORING, SAVING
+from xenvm.broker.phases import PERMITS, RESTORING, SAVING
 from xenvm.broker.plugging import Plugging, Wanted
 from xenvm.context import suppress
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from xenvm.boundary.checks import Message
     from xenvm.boundary.messages import Domain, Grants
     from xenvm.broker.actlog import ActLog
-    from xenvm.broker.children import Child
     from xenvm.broker.spares import Spares
 
 POSTPONED_LIMIT: Final = 16  # an honest supervisor asks for one thing after the other
@@ -98,13 +98,15 @@ class Work:
                 network = spares.take(Role.NETWORK) if wanted.vifs else None
                 self.plugging = Plugging(grants.uuid, log, wanted, self.change.timeout_s, network)
             if self.op in RESTORING and self.change.image >= 0:
-                self.feed = Feed(grants.uuid, log, self.change.image)
                 self.held[:] = [self.change.image] if self.op is Op.START_RESTORED else []  # else it is the request's
+                self.feed = Feed(grants.uuid, log, self.change.image)
             self.job = self.change.job(self.op, domid, grants, self.plugging)
             self.hand_over()
-        except XenvmError:
+        except (XenvmError, OSError) as error:
             self.stop()
             self.close()
+            if isinstance(error, OSError):
+                raise XenvmError(f"{self.op}: cannot be begun: {error.strerror or error}") from error
             raise
 
     @property
@@ -187,6 +189,32 @@ def look_again(builder: Child, grants: Grants, deadline_s: float, acts: ActLog) 
         return None
     acts.append("result", op="find", result=type(answer).__name__)
     return answer
+
+
+def log_job(acts: ActLog, act: str, op: Op, urgent: bool, **details: object) -> None:
+    """Log of a job; one that is `urgent`, since it lets a suspended guest run, goes on even without space for that."""
+    try:
+        acts.append(act, op=op.value, **details)
+    except XenvmError:
+        if not urgent:
+            raise
+
+
+def let_run(grants: Grants, domid: int, log: int, acts: ActLog) -> None:
+    """Have a guest that a save has left suspended run on; with its monitor ending, nobody else would.
+
+    Without space for the act log that is done all the same.
+    """
+    answer, why = None, ""
+    try:
+        with suppress(XenvmError):
+            acts.append("job", op=Op.RESUME.value, domid=domid)
+        builder = Child(Role.BUILDER, log, {}, grants.uuid)
+        answer = ask_once(builder, Job(Op.RESUME, grants.uuid, domid, grants), PERMITS[Op.RESUME].deadline_s)
+    except XenvmError as error:
+        why = error.message[:200]
+    with suppress(XenvmError):
+        acts.append("result", op=Op.RESUME.value, result=type(answer).__name__ if answer else why)
 
 
 def failed(sequence: int, error: XenvmError, domain: Domain) -> Failed:

@@ -239,7 +239,7 @@ class Supervisor(Desk):
         else:
             event = Event.FAILED_UP
         self._happen(Happening(event, now_s, message.domain.domid, fault=message.fault))
-        if op in (Op.SAVE, Op.CHECKPOINT, Op.RESUME):  # what the guest did meanwhile was not looked at
+        if event is Event.FAILED_UP and op is not Op.QUERY:  # what the guest did meanwhile was not looked at
             self._look_soon(now_s)
 
     def _from_watcher(self) -> None:
