@@ -49,7 +49,7 @@ def test_a_good_image_is_told_and_fed(worker, sealed):
     made = parts()
     stream = libxc({name: made[name] for name in list(made)[:6]} | many | {name: made[name] for name in list(made)[6:]})
     told, readable = inspect(worker, image(stream, sealed=sealed))
-    assert told == Image(131072, 1, 4, 17)
+    assert told == Image(131072, 1, 4, 17, "")
     assert whole(readable) == stream
 
 

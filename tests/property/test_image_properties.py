@@ -20,7 +20,7 @@ def walk(content):
     """Return what an image is said to be and the pieces of its stream; ImageError for what is refused."""
     read = reader(content)
     facts = records.facts(read, len(content))
-    guest = records.Guest()
+    guest = records.Guest(facts.memory_max_kib, facts.vcpus)
     fed = b""
     for piece in records.pieces(read, facts.stream_at, guest):
         fed += piece if isinstance(piece, bytes) else content[piece[0] : piece[0] + piece[1]]

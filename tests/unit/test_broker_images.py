@@ -19,7 +19,7 @@ from xenvm.broker.phases import IMAGE_S_PER_MIB, PERMITS
 from xenvm.errors import ExitCode, UsageError, XenvmError
 
 SUSPENDED = RUNNING.but(state=DomainState.SHUTDOWN, reason=2)
-IMAGE = Image(65536, 1, 4, 17)
+IMAGE = Image(65536, 1, 4, 17, "")
 
 
 @pytest.fixture
@@ -47,9 +47,9 @@ def save(bench, file, *, go_on=False):
     return message
 
 
-def restore(bench, file, *, paused=False):
+def restore(bench, file, *, paused=False, foreign=False):
     bench.known(NO_DOMAIN)
-    bench.send(Restore(6, paused), [file.fileno()])
+    bench.send(Restore(6, paused, foreign), [file.fileno()])
     message, descriptors = bench.builder.there.receive(deadline_s=5)
     return message, descriptors[0]
 
@@ -308,6 +308,14 @@ def test_a_restore_has_a_builder_with_a_pipe_and_a_worker_with_the_image(bench, 
     bench.turn()
     bench.answer(Done(0, RUNNING, "restored"))
     assert bench.heard() == Done(6, RUNNING, "")
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_who_restores_the_image_of_another_vm_says_so_and_the_log_has_it(bench, file, foreign):
+    job, pipe = restore(bench, file, foreign=foreign)
+    os.close(pipe)
+    assert job.force is foreign
+    assert len(bench.acts.of("restore-foreign")) == foreign
 
 
 def test_the_words_of_the_worker_reach_the_builder_and_then_the_user(bench, file):

@@ -103,11 +103,36 @@ def test_the_seal_takes_the_place_of_the_empty_one():
 # What is read
 
 
+def of(vcpus):
+    return saveimages.config(b_info={"max_memkb": 131072, "max_vcpus": vcpus})
+
+
+def wide(last):
+    """A map of so many frames."""
+    return record(3, struct.pack("<II", 0, last) + bytes(8 * (last // 512 + 1)))
+
+
+def test_vcpus_that_were_offline_have_no_state():
+    """libxenguest writes those that are online: the second of three is not."""
+    stream = libxc(parts(vcpu=vcpu(4) + vcpu(4, 2), extended=vcpu(5) + vcpu(5, 2)))
+    assert inspect(image(stream, told=of(3)))[0].vcpus == 3
+
+
+def test_a_map_may_reach_somewhat_beyond_the_memory():
+    assert inspect(image(libxc(parts(map=wide(32767 + (1 << 23))))))[0].memory_max_kib == 131072
+
+
+def test_the_uuid_of_the_guest_is_told():
+    for written in (UUID, UUID.upper()):
+        told = saveimages.config(c_info={"type": "pv", "uuid": written})
+        assert inspect(image(told=told))[0].uuid == UUID
+
+
 @pytest.mark.parametrize("sealed", [False, True])
 def test_a_good_image(sealed):
     whole = image(sealed=sealed)
     told, at = inspect(whole)
-    assert told == Image(131072, 1, 4, 17)
+    assert told == Image(131072, 1, 4, 17, "")
     assert whole[at:].startswith(libxc())
 
 
@@ -120,7 +145,7 @@ def test_what_is_fed_is_the_stream_and_nothing_else():
         pid = os.fork()
         if not pid:
             os.close(readable)
-            stream.feed(file.fileno(), writable, whole.index(b"\xff" * 8))
+            stream.feed(file.fileno(), writable, whole.index(b"\xff" * 8), records.Guest(131072, 1))
             os._exit(0)
         os.close(writable)
         got = b""
@@ -140,7 +165,7 @@ def test_a_file_that_changes_after_it_was_checked_ends_the_pipe():
         file.flush()
         readable, writable = os.pipe()
         with pytest.raises(ImageError, match="unknown type 0x55"):
-            stream.feed(file.fileno(), writable, at)
+            stream.feed(file.fileno(), writable, at, records.Guest(131072, 1))
         os.close(writable)
         os.close(readable)
 
@@ -199,8 +224,15 @@ def test_an_optional_record_that_nobody_knows_is_passed_on():
         (image(libxc(parts(more=pages([1 | 1 << 53], [PAGE])))), "a page has the number"),
         (image(libxc(parts(more=pages([1, 2], [PAGE])))), "a record of 2 pages has"),
         (image(libxc(parts(vcpu=vcpu(4, 1)))), "state of other vcpus"),
-        (image(libxc(parts(vcpu=vcpu(4, 8192)))), "impossible number"),
+        (image(libxc(parts(vcpu=vcpu(4, 8192)))), "state of other vcpus"),
         (image(libxc(parts(extended=vcpu(4, 1)))), "state of other vcpus"),
+        (image(libxc(parts(extended=vcpu(5, 1)))), "state of other vcpus"),
+        (image(libxc(parts(extended=vcpu(6, 7)))), "state of other vcpus"),
+        (image(libxc(parts(extended=vcpu(0xC, 1)))), "state of other vcpus"),
+        (image(libxc(parts(vcpu=vcpu(4, 1))), told=of(3)), "lacks the state of vcpu 0"),
+        (image(libxc(parts(map=wide(32768 + (1 << 23))))), "map of the memory has 8421377 frames"),
+        (image(told=saveimages.config(c_info={"type": "pv", "uuid": 5})), "by no uuid"),
+        (image(told=saveimages.config(c_info={"type": "pv", "uuid": "../x"})), "by no uuid"),
         (image(libxc(parts(more=parts()["info"]))), "comes at the wrong place"),
         (image(libxc(parts(tsc=record(8, bytes(24))[:-24] + bytes(24)))[:-40]), "cut off"),
         (image(tail=b""), "is cut off"),

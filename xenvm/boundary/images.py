@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from xenvm.boundary.checks import INT32_MAX, Message, flag, number
+from xenvm import forms
+from xenvm.boundary.checks import INT32_MAX, Message, flag, number, string
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,13 +30,17 @@ class Save(Message):
 
 
 class Restore(Message):
-    """Supervisor to broker: bring the guest back from the image that comes along, open for reading."""
+    """Supervisor to broker: bring the guest back from the image that comes along, open for reading.
+
+    With `foreign` it may be the image of a VM with another uuid.
+    """
 
     sequence: int
     paused: bool
+    foreign: bool = False
     KIND: ClassVar = 32
     DESCRIPTORS: ClassVar = 1
-    CHECKS: ClassVar = {"sequence": _SEQUENCE, "paused": flag}
+    CHECKS: ClassVar = {"sequence": _SEQUENCE, "paused": flag, "foreign": flag}
 
 
 class Inspect(Message):
@@ -49,17 +54,19 @@ class Inspect(Message):
 class Image(Message):
     """Stream to broker, and on to the builder: the image is whole, and of such a guest, saved under such a Xen.
 
-    What follows in the pipe is its stream for libxenguest and nothing else.
+    What follows in the pipe is its stream for libxenguest and nothing else. `uuid` is "" when the image names none.
     """
 
     memory_max_kib: int
     vcpus: int
     xen_major: int
     xen_minor: int
+    uuid: str
     KIND: ClassVar = 34
     CHECKS: ClassVar = {
         "memory_max_kib": number(1, 2**42),
         "vcpus": number(1, 8192),
         "xen_major": number(0, 2**16 - 1),
         "xen_minor": number(0, 2**16 - 1),
+        "uuid": string(36, lambda text: not text or forms.uuid(text)),
     }

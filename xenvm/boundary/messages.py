@@ -423,7 +423,8 @@ class Job(Message):
     """Broker to builder or hotplug: its one request. BUILD brings kernel and, if granted, initrd as descriptors.
 
     `vbds` and `vifs` are the devices to plug, `kind` and `device` (-1: none) the one to unplug, which with `disc` must
-    be a disc in a CD drive; `force` takes one away that the guest does not let go.
+    be a disc in a CD drive; `force` takes one away that the guest does not let go. With it, a restore takes the image
+    of another VM.
     """
 
     op: Op

@@ -62,7 +62,9 @@ def change_of(request: Request, book: Book, grants: Grants, descriptors: list[in
         raise UsageError("an image comes as an open descriptor")
     if isinstance(request, Restore):
         images.check_source(descriptors[0])
-        return Change(image=descriptors[0], timeout_s=timeout_s)
+        if request.foreign:
+            acts.append("restore-foreign")
+        return Change(image=descriptors[0], timeout_s=timeout_s, force=request.foreign)
     images.check_target(descriptors[0])
     return Change(image=descriptors[0], timeout_s=request.timeout_s)
 

@@ -40,8 +40,9 @@ VERBS = (
     Verb("checkpoint", "FILE [timeout=S]", "write the guest into an image and let it run on", bare="file"),
     Verb(
         "restore",
-        "FILE [paused=true] [delete=true]",
-        "bring the guest back from an image, of xenvm or of `xl save`; delete removes the file then",
+        "FILE [paused=true] [delete=true] [foreign=true]",
+        "bring the guest back from an image, of xenvm or of `xl save`; delete removes the file then; foreign takes the "
+        "image of another VM",
         bare="file",
     ),
     Verb("cancel", "", "end a suspend, checkpoint or restore that runs; a guest that was being saved runs on"),

@@ -41,7 +41,7 @@ COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
         "destroy": Command(Event.DESTROY),
         "suspend": Command(arguments=frozenset({"file", "live", "timeout"})),
         "checkpoint": Command(arguments=frozenset({"file", "live", "timeout"})),
-        "restore": Command(arguments=frozenset({"file", "paused", "delete"})),
+        "restore": Command(arguments=frozenset({"file", "paused", "delete", "foreign"})),
         "commit": Command(),
         "cancel": Command(),
         "disk-list": Command(reading=True),

@@ -26,9 +26,10 @@ def request(name: str, sequence: int, params: Params) -> tuple[Event, Op, Save |
     """Return what a command does to the VM, and what to ask of the broker; raise XenvmError when it cannot be done."""
     if name == "restore":
         paused = boolean(params, "paused")
+        foreign = boolean(params, "foreign")
         boolean(params, "delete")  # whoever gave the command does that
         event = Event.RESTORE_PAUSED if paused else Event.RESTORE
-        return event, Op.RESTORE_PAUSED if paused else Op.RESTORE, Restore(sequence, paused)
+        return event, Op.RESTORE_PAUSED if paused else Op.RESTORE, Restore(sequence, paused, foreign)
     if boolean(params, "live"):
         raise WrongStateError(
             f"{name}: a PV guest cannot be saved live here: that needs a hypervisor with shadow paging (log-dirty mode "

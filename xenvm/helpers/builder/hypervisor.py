@@ -142,6 +142,10 @@ class Hypervisor(ABC):
         """Return what is to be said of `domid`, or None when there is none or when it now belongs to another uuid."""
 
     @abstractmethod
+    def vcpus(self, domid: int) -> int:
+        """Return how many vcpus the domain was made with, online or not."""
+
+    @abstractmethod
     def exists(self, domid: int) -> bool:
         """Tell whether any domain has this id now."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 
 from xenvm.boundary.messages import NO_DOMAIN, Domain, DomainState, Done, Grants, Job, Op, Phase
+from xenvm.context import suppress
 from xenvm.errors import BusyError, ExitCode, TimeoutExpiredError, WrongStateError, XenvmError
 from xenvm.helpers import devices
 from xenvm.helpers.builder import tree
@@ -114,6 +115,9 @@ class Builder:
         if len(domains) == 1 and phase is Phase.BUILT and domains[0].state is not DomainState.DYING:
             if self._store.read(f"{tree.domain_path(recorded)}/control/shutdown") == b"suspend":
                 tree.withdraw(self._store, recorded)  # of a monitor that died over a save: nobody waits for it now
+            if domains[0].state is not DomainState.SHUTDOWN:
+                with suppress(XenvmError):  # of a monitor that died when the guest ran again, but for xenstored not yet
+                    self._store.resume(recorded)
             devices.settle(self._store, uuid, recorded)
             self._seen = devices.look(self._store, uuid, recorded)
             return domains[0].but(phase=phase)
@@ -202,7 +206,7 @@ class Builder:
         if not streams:
             raise XenvmError(f"the image {job.grants.image} cannot be opened: the monitor's log says why")
         self._progress("checking the image", 0, 0)
-        self._check_image(self._plugging.image(), job.grants)
+        self._check_image(self._plugging.image(), job)
 
         def load(domid: int, channels: Channels) -> Rings:
             self._progress("reading the image", 0, 0)
@@ -210,8 +214,15 @@ class Builder:
 
         return self._build(job, load)
 
-    def _check_image(self, told: Image, grants: Grants) -> None:
+    def _check_image(self, told: Image, job: Job) -> None:
         """Compare what the image was made of with what this VM is."""
+        grants = job.grants
+        if told.uuid not in ("", job.uuid) and not job.force:
+            raise WrongStateError(
+                f"the image is of the VM {told.uuid}, this one is {job.uuid}",
+                hint="what that guest remembers of its disks would ruin other ones; if this VM has those very disks, "
+                "xenvm-cmd restore FILE foreign=true",
+            )
         wanted_kib = grants.memory_max_mib * 1024
         if told.memory_max_kib != wanted_kib:
             raise WrongStateError(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Final
 
-    from xenvm.boundary.messages import Domain, Job
+    from xenvm.boundary.messages import Domain, Grants, Job
     from xenvm.helpers.builder.hypervisor import Hypervisor
     from xenvm.helpers.store import Store
 
@@ -46,8 +46,9 @@ class Saving:
         if domain.state is not DomainState.RUNNING:
             raise WrongStateError(f"domain {domain.domid} is {domain.state}: a guest suspends only while it runs")
         image.check_space(descriptor, domain.memory_kib)
+        grants = self._as_built(domain.domid)
         try:
-            head = self._xen.save_pv(domain.domid, descriptor, self._job.grants, self._suspend, self._frames)
+            head = self._xen.save_pv(domain.domid, descriptor, grants, self._suspend, self._frames)
             if go_on:
                 self.resume()
                 self._asked = False
@@ -58,6 +59,19 @@ class Saving:
                 with suppress(XenvmError):  # the first failure is the one to tell; the next look resumes it
                     self._give_up()
             raise
+
+    def _as_built(self, domid: int) -> Grants:
+        """Return the grants with the memory and the vcpus that this domain has: the config may be a newer one."""
+        kib = {}
+        for name in ("static-max", "target"):
+            path = f"{tree.domain_path(domid)}/memory/{name}"
+            value = self._store.read(path) or b""
+            if not value.isdigit():
+                raise XenvmError(f"the node {path} does not say how much memory the guest has: nothing was saved")
+            kib[name] = int(value)
+        return self._job.grants.but(
+            memory_mib=kib["target"] >> 10, memory_max_mib=kib["static-max"] >> 10, vcpus=self._xen.vcpus(domid)
+        )
 
     def _suspend(self) -> None:
         """Ask the guest to suspend, and wait until it has."""
@@ -102,11 +116,16 @@ class Saving:
         self.resume()
 
     def resume(self) -> None:
-        """Wake the domain in place if it is suspended."""
+        """Wake the domain in place if it is suspended.
+
+        Of one that runs xenstored is told too: whoever has woken it may have died before that.
+        """
         domain = self._look()
         if domain.state is DomainState.SHUTDOWN and domain.reason == SHUTDOWN_SUSPEND:
             self._xen.resume(domain.domid)
-            self._store.resume(domain.domid)
+        elif domain.state not in (DomainState.RUNNING, DomainState.PAUSED):
+            return
+        self._store.resume(domain.domid)
 
     def _look(self) -> Domain:
         domain = self._xen.look(self._job.domid, self._job.uuid)

@@ -129,6 +129,13 @@ class Hypervisor(hypervisor.Hypervisor):
         told = self._call("look", domid=domid)
         return _domain(told) if told and told["uuid"] == uuid else None
 
+    def vcpus(self, domid: int) -> int:
+        """Return how many vcpus the domain was made with."""
+        told = self._call("look", domid=domid)
+        if not told:
+            raise HypervisorError(f"domain {domid} is gone")
+        return int(told["vcpus"])
+
     def exists(self, domid: int) -> bool:
         """Tell whether any domain has this id now."""
         return self._call("look", domid=domid) is not None

@@ -219,6 +219,14 @@ class Hypervisor(hypervisor.Hypervisor):
             return None
         return None
 
+    def vcpus(self, domid: int) -> int:
+        """Return how many vcpus the domain was made with, online or not."""
+        info = ffi.new("xc_domaininfo_t *")
+        count = self.check(lib.xc_domain_getinfolist(self._xch, domid, 1, info), "looking at the domain")
+        if not count or info.domain != domid:
+            raise HypervisorError(f"domain {domid} is gone")
+        return int(info.max_vcpu_id) + 1
+
     def exists(self, domid: int) -> bool:
         """Tell whether any domain has this id now."""
         return any(domain.domid == domid for domain, _handle in self._domains(domid, 1))

@@ -43,7 +43,7 @@ def main() -> int:
     try:
         told, at = inspect(image)
         channel.send(told)
-        feed(image, pipe, at)
+        feed(image, pipe, at, records.Guest(told.memory_max_kib, told.vcpus))
     except XenvmError as error:
         channel.send(Failed(0, Fault(int(error.code), error.message[:4000], error.hint[:1000]), NO_DOMAIN))
         return int(ExitCode.FAILED)
@@ -60,21 +60,20 @@ def inspect(image: int) -> tuple[Image, int]:
         facts = records.facts(read, size)
         if facts.sealed_bytes >= 0 and facts.sealed_bytes != size:
             raise records.ImageError(f"the image has {size} bytes of {facts.sealed_bytes}: it is cut off or damaged")
-        guest = records.Guest()
+        guest = records.Guest(facts.memory_max_kib, facts.vcpus)
         for _ in records.pieces(read, facts.stream_at, guest):
             pass
         if facts.sealed_bytes >= 0 and _checksum(image, facts.streams_at) != facts.checksum:
             raise records.ImageError("the checksum of the image is another one: it is damaged")
     except OSError as error:
         raise records.ImageError(f"the image cannot be read: {error.strerror or error}") from error
-    if guest.vcpus != set(range(len(guest.vcpus))) or len(guest.vcpus) > facts.vcpus:
-        raise records.ImageError("the image has the state of other vcpus than its config says: it is damaged")
-    return Image(facts.memory_max_kib, facts.vcpus, guest.xen_major, guest.xen_minor), facts.stream_at
+    told = Image(facts.memory_max_kib, facts.vcpus, guest.xen_major, guest.xen_minor, facts.uuid)
+    return told, facts.stream_at
 
 
-def feed(image: int, pipe: int, at: int) -> None:
+def feed(image: int, pipe: int, at: int, guest: records.Guest) -> None:
     """Write the stream that begins at `at` into the pipe, each piece after it was checked."""
-    for piece in records.pieces(_reader(image), at, records.Guest()):
+    for piece in records.pieces(_reader(image), at, guest):
         if isinstance(piece, bytes):
             left = piece
             while left:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 
-from xenvm import jsontext
+from xenvm import forms, jsontext
 from xenvm.errors import XenvmError
 from xenvm.helpers import saved
 from xenvm.record import Record
@@ -36,6 +36,7 @@ TYPE_SHIFT, FRAME_MASK = 60, (1 << 52) - 1
 WITHOUT_DATA: Final = frozenset({13, 14, 15})  # XEN_DOMCTL_PFINFO_BROKEN, _XALLOC, _XTAB
 WITH_DATA: Final = frozenset({*range(5), *range(9, 13)})  # no page table, a table of level 1 to 4; the same, pinned
 OPTIONAL: Final = 1 << 31
+FRAMES_SLACK: Final = 1 << 23  # above a guest's memory, 32 GiB: what it maps may have numbers of its own there
 
 # Types of records, xg_sr_stream_format.h, and how long each is: at least, at most, in steps of.
 END, PAGE_DATA, PV_INFO, P2M_FRAMES, VCPU_BASIC, VCPU_EXTENDED, VCPU_XSAVE, SHARED_INFO, TSC_INFO = range(9)
@@ -73,11 +74,13 @@ class ImageError(XenvmError):
 class Facts(Record):
     """What an image says of its guest. `stream_at` is where the stream of libxenguest begins.
 
-    `sealed_bytes` is -1 when xenvm did not write it; `checksum` is then meaningless.
+    `uuid` is "" when the image names none. `sealed_bytes` is -1 when xenvm did not write it; `checksum` is then
+    meaningless.
     """
 
     memory_max_kib: int
     vcpus: int
+    uuid: str
     streams_at: int
     stream_at: int
     sealed_bytes: int
@@ -85,9 +88,14 @@ class Facts(Record):
 
 
 class Guest:
-    """What the stream says while it is walked through."""
+    """What the stream says while it is walked through, of a guest of such a size.
 
-    def __init__(self) -> None:
+    Only the vcpus that were online have a state in it; vcpu 0 always has, since restoring begins with it.
+    """
+
+    def __init__(self, memory_max_kib: int, vcpus_limit: int) -> None:
+        self.frames_limit = memory_max_kib * 1024 // PAGE_BYTES + FRAMES_SLACK
+        self.vcpus_limit = vcpus_limit
         self.xen_major = self.xen_minor = 0
         self.vcpus: set[int] = set()
         self.seen: set[int] = set()
@@ -127,9 +135,9 @@ def facts(read: Read, size: int) -> Facts:
     at = streams_at + saved.LIBXL.size
     if saved.RECORD.unpack(_exact(read, saved.RECORD.size, at)) != (saved.LIBXC_CONTEXT, 0):
         raise ImageError("the stream of libxl begins with another record than that of the memory: it is damaged")
-    memory_max_kib, vcpus = _config(optional[saved.WORD.size : -1])
+    memory_max_kib, vcpus, uuid = _config(optional[saved.WORD.size : -1])
     sealed_bytes, checksum = _seal(optional)
-    return Facts(memory_max_kib, vcpus, streams_at, at + saved.RECORD.size, sealed_bytes, checksum)
+    return Facts(memory_max_kib, vcpus, uuid, streams_at, at + saved.RECORD.size, sealed_bytes, checksum)
 
 
 def _foreign(magic: bytes, size: int) -> ImageError:
@@ -145,8 +153,8 @@ def _foreign(magic: bytes, size: int) -> ImageError:
     return ImageError("the file is no save image: it does not begin as `xl save` and xenvm write them")
 
 
-def _config(untrusted_text: bytes) -> tuple[int, int]:
-    """Return memory and vcpus of a guest's config (libxl_domain_config as JSON)."""
+def _config(untrusted_text: bytes) -> tuple[int, int, str]:
+    """Return memory, vcpus and uuid of a guest's config (libxl_domain_config as JSON)."""
     try:
         untrusted = jsontext.loads(untrusted_text.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -164,7 +172,10 @@ def _config(untrusted_text: bytes) -> tuple[int, int]:
         raise ImageError("the config in the image does not say how much memory the guest has")
     if type(vcpus) is not int or not 0 < vcpus <= 8192:
         raise ImageError("the config in the image does not say how many vcpus the guest has")
-    return memory_kib, vcpus
+    uuid = create.get("uuid", "")
+    if not isinstance(uuid, str) or (uuid and not forms.uuid(uuid.lower())):
+        raise ImageError("the config in the image names its guest by no uuid: it is damaged")
+    return memory_kib, vcpus, uuid.lower()
 
 
 def _seal(optional: bytes) -> tuple[int, int]:
@@ -221,6 +232,8 @@ def pieces(read: Read, at: int, guest: Guest) -> Iterator[Piece]:
     for needed, name in NEEDED.items():
         if needed not in guest.seen:
             raise ImageError(f"the stream of the memory lacks {name}")
+    if 0 not in guest.vcpus:
+        raise ImageError("the stream of the memory lacks the state of vcpu 0")
     if _exact(read, saved.RECORD.size, at) != saved.TAIL:
         raise ImageError("something else follows the memory than the end of the image", hint="is it of an HVM guest?")
     if read(1, at + len(saved.TAIL)):
@@ -260,10 +273,15 @@ def _check_body(record: int, body: bytes, length: int, guest: Guest) -> None:
         per_frame = PAGE_BYTES // 8
         if first > guest.last_frame or length != 8 + 8 * (guest.last_frame // per_frame - first // per_frame + 1):
             raise ImageError("the map of the memory has another length than it says: the image is damaged")
+        if guest.last_frame >= guest.frames_limit:
+            raise ImageError(
+                f"the map of the memory has {guest.last_frame + 1} frames, and a guest of this size at most "
+                f"{guest.frames_limit}: the image is damaged"
+            )
     elif record in OF_A_VCPU:
         number, reserved = struct.unpack_from("<II", body)
-        if number >= 8192 or reserved:
-            raise ImageError("the state of a vcpu has an impossible number: the image is damaged")
+        if number >= guest.vcpus_limit or reserved:
+            raise ImageError("the image has the state of other vcpus than its config says: it is damaged")
         if record == VCPU_BASIC:
             guest.vcpus.add(number)
 

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Saving and restoring in the builder, against a hypervisor and a xenstore of this test."""
+
+import json
+import tempfile
+
+import pytest
+
+from xenvm.boundary.images import Image
+from xenvm.boundary.messages import Domain, DomainState, Grants, Job, Op, Phase
+from xenvm.errors import ExitCode, WrongStateError, XenvmError
+from xenvm.helpers import saved
+from xenvm.helpers.builder import image, saving
+from xenvm.helpers.builder.jobs import Builder
+from xenvm.helpers.builder.saving import Saving
+
+UUID = "11111111-2222-4333-8444-555555555555"
+OTHER = "99999999-2222-4333-8444-555555555555"
+GRANTS = Grants(UUID, "web", "/k", "", "", 128, 256, 2, True, (), (), False, "", (), (), 40)
+HOME = "/local/domain/7"
+RUNNING = Domain(7, DomainState.RUNNING, Phase.NONE, -1, 64, 1, 5)
+SUSPENDED = RUNNING.but(state=DomainState.SHUTDOWN, reason=2)
+
+
+class Xen:
+    """One domain, which suspends when asked."""
+
+    def __init__(self, store):
+        self.store, self.domain, self.made_with = store, RUNNING, 2
+        self.resumed = self.releases = 0
+
+    def look(self, _domid, _uuid):
+        if self.store.nodes.get(f"{HOME}/control/shutdown") == b"suspend":
+            self.store.nodes[f"{HOME}/control/shutdown"] = b""
+            self.domain = SUSPENDED
+        return self.domain
+
+    def find(self, _uuid):
+        return [self.domain]
+
+    def vcpus(self, _domid):
+        return self.made_with
+
+    def save_pv(self, _domid, descriptor, grants, suspend, frames):
+        head = saved.head(grants)
+        image.write(descriptor, head.content)
+        suspend()
+        frames(1, 1)
+        image.write(descriptor, bytes(8192) + saved.TAIL)
+        return head
+
+    def punch(self, *_):
+        return 0
+
+    def resume(self, _domid):
+        self.resumed += 1
+        self.domain = RUNNING
+
+    def check_release(self, major, minor):
+        self.releases += 1
+
+
+class Store:
+    def __init__(self):
+        self.nodes = {f"{HOME}/memory/static-max": b"262144", f"{HOME}/memory/target": b"131072"}
+        self.resumed = []
+
+    def read(self, path):
+        return self.nodes.get(path)
+
+    def write(self, path, value):
+        self.nodes[path] = value.encode()
+
+    def names(self, _path):
+        return []
+
+    def remove(self, path):
+        self.nodes.pop(path, None)
+
+    def resume(self, domid):
+        self.resumed.append(domid)
+
+    def transaction(self, steps):
+        steps()
+
+
+@pytest.fixture
+def store():
+    return Store()
+
+
+@pytest.fixture
+def xen(store):
+    return Xen(store)
+
+
+def job(op=Op.SAVE, grants=GRANTS, **changes):
+    return Job(op, UUID, 7, grants, timeout_s=1, **changes)
+
+
+def save(xen, store, grants=GRANTS):
+    with tempfile.TemporaryFile() as file:
+        Saving(xen, store, job(grants=grants), lambda *_: None).run(file.fileno(), RUNNING, go_on=False)
+        file.seek(0)
+        content = file.read()
+    return json.loads(content[52 : content.index(b"\0", 52)])["b_info"]
+
+
+def test_the_image_tells_of_the_domain_and_not_of_a_config_that_is_newer(xen, store):
+    told = save(xen, store, GRANTS.but(memory_mib=512, memory_max_mib=512, vcpus=4))
+    assert (told["max_memkb"], told["target_memkb"], told["max_vcpus"]) == (262144, 131072, 2)
+
+
+def test_vcpus_that_are_offline_count(xen, store):
+    xen.made_with = 3
+    assert save(xen, store)["max_vcpus"] == 3
+
+
+def test_a_domain_of_unknown_size_is_not_asked_to_suspend(xen, store):
+    del store.nodes[f"{HOME}/memory/static-max"]
+    with pytest.raises(XenvmError, match="memory/static-max"):
+        save(xen, store)
+    assert xen.domain is RUNNING
+    assert f"{HOME}/control/shutdown" not in store.nodes
+
+
+@pytest.mark.parametrize(
+    ("domain", "woken", "told"),
+    [
+        (SUSPENDED, 1, [7]),
+        (RUNNING, 0, [7]),  # woken by a builder that died before it told xenstored
+        (RUNNING.but(state=DomainState.PAUSED), 0, [7]),
+        (SUSPENDED.but(reason=0), 0, []),
+        (RUNNING.but(state=DomainState.DYING), 0, []),
+    ],
+)
+def test_a_resume_tells_xenstored_of_a_guest_that_runs(xen, store, domain, woken, told):
+    xen.domain = domain
+    Saving(xen, store, job(Op.RESUME), lambda *_: None).resume()
+    assert (xen.resumed, store.resumed) == (woken, told)
+
+
+@pytest.mark.parametrize(("domain", "told"), [(RUNNING, [7]), (SUSPENDED, [])])
+def test_who_adopts_a_guest_that_runs_tells_xenstored(xen, store, domain, told):
+    store.nodes |= {f"/xenvm/{UUID}/domid": b"7", f"/xenvm/{UUID}/phase": b"built"}
+    xen.domain = domain
+    found = Builder(xen, store, None, lambda *_: None).run(job(Op.FIND), []).domain
+    assert found == domain.but(phase=Phase.BUILT)
+    assert store.resumed == told
+
+
+def check(xen, store, told, **changes):
+    Builder(xen, store, None, lambda *_: None)._check_image(told, job(Op.RESTORE, **changes))
+
+
+def test_the_image_of_another_vm_is_refused_unless_that_is_meant(xen, store):
+    for uuid, force in ((UUID, False), ("", False), (OTHER, True)):
+        check(xen, store, Image(262144, 2, 4, 17, uuid), force=force)
+    assert xen.releases == 3
+    with pytest.raises(WrongStateError) as caught:
+        check(xen, store, Image(262144, 2, 4, 17, OTHER))
+    assert f"of the VM {OTHER}, this one is {UUID}" in caught.value.message
+    assert "foreign=true" in caught.value.hint
+    assert caught.value.code is ExitCode.WRONG_STATE
+
+
+def test_an_image_of_another_size_is_refused_though_it_may_be_of_another_vm(xen, store):
+    for size, vcpus in ((131072, 2), (262144, 1)):
+        with pytest.raises(WrongStateError):
+            check(xen, store, Image(size, vcpus, 4, 17, OTHER), force=True)
+
+
+def test_how_often_is_told_how_far_it_is():
+    assert 0 < saving.TELL_PAUSE_S < 5
