@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Save images: written, read, exchanged with xl, and what becomes of guest and file when something fails in between."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import tempfile
 import time
@@ -143,45 +145,199 @@ def test_checkpoint_and_what_is_refused(vm, folder):
     assert guest.boots() == 1
 
 
-def test_kill_9_in_the_middle_of_a_suspend(vm, folder):
-    """Builder, supervisor and broker at several moments: the guest runs on, the older image stays, no file is left.
+def step(guest):
+    """What the monitor is at, "" when nothing."""
+    return guest.status()["step"]
 
-    One that is killed too late, when the image is whole, leaves that.
+
+def held(guest, file):
+    """Begin a suspend and stop its builder while it writes the image: the guest is suspended then.
+
+    Return the client and the builder's pid. One that was too fast is undone, and it is tried again.
     """
+    for _ in range(5):
+        saving = guest.begin_cmd("suspend", str(file))
+        until(lambda one=saving: step(guest) == "writing the image" or one.poll() is not None, "the image is written")
+        pid = helper("builder")
+        if pid:
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.5)  # for what it has said before
+            if step(guest) == "writing the image" and helper("builder") == pid:
+                return saving, pid
+            kill(pid, signal.SIGCONT)
+        assert saving.wait(300) == 0
+        guest.cmd("restore", str(file))
+    raise AssertionError("the builder was always too fast")
+
+
+def runs_on(guest, stops):
+    """The guest runs and ticks on from here."""
+    guest.until("running")
+    goes_on(guest, len(guest.ticks()), stops)
+
+
+def test_kill_9_in_the_middle_of_a_suspend(vm, folder):
+    """Builder, supervisor and broker, with the guest suspended: it runs on, the older image stays, no file is left."""
     file, older = folder / "guest.img", "an older image"
     guest = vm()
     guest.start()
     guest.up()
-    hits = 0
-    for victim, delay_s in (("builder", 0.1), ("builder", 0.7), ("supervisor", 0.5), ("broker", 0.2), ("broker", 0.9)):
+    for turn, victim in enumerate(("builder", "supervisor", "broker"), 1):
+        saving, builder = held(guest, file)
         file.write_text(older)
-        before, jobs = len(guest.ticks()), acts(guest).count('"op":"save"')
-        saving = subprocess.Popen(
-            ["xenvm-cmd", guest.uuid, "suspend", str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        until(lambda seen=jobs: acts(guest).count('"op":"save"') > seen, "a save has begun")
-        time.sleep(delay_s)
-        pid = helper("builder") if victim == "builder" else guest.pids()[victim]
-        kill(pid)
+        kill(builder if victim == "builder" else guest.pids()[victim])
         text = saving.communicate(timeout=120)[0]
+        assert saving.returncode != 0
+        assert "SIGKILL" in text or "hung up" in text
         if victim == "broker":
             until(lambda: not processes(), "the rest has ended too")
             guest.write(startup="shutdown")  # which adopts, and builds nothing
             guest.start()
         assert only(folder) == ["guest.img"]
-        if file.stat().st_size != len(older):
-            assert guest.state in ("suspended", "shutdown", "running")
-            verify(file)
-            guest.cmd("destroy")
-            guest.cmd("restore", str(file))
+        assert file.read_text() == older
+        runs_on(guest, 6 * turn)
+    guest.shell("poweroff -f & true")  # xenstored has heard of each resume: else nobody would hear of this
+    guest.until("shutdown")
+
+
+@pytest.mark.parametrize(("victim", "delay_s"), [("builder", 0.1), ("broker", 0.2), ("broker", 0.9)])
+@pytest.mark.long
+def test_kill_9_at_some_moment_of_a_suspend(vm, folder, victim, delay_s):
+    """One that is killed too late, when the image is whole, leaves that."""
+    file, older = folder / "guest.img", "an older image"
+    guest = vm()
+    guest.start()
+    guest.up()
+    file.write_text(older)
+    jobs = acts(guest).count('"op":"save"')
+    saving = guest.begin_cmd("suspend", str(file))
+    until(lambda: acts(guest).count('"op":"save"') > jobs, "a save has begun")
+    time.sleep(delay_s)
+    pid = helper("builder") if victim == "builder" else guest.pids()[victim]
+    if pid:  # else it has ended by itself
+        kill(pid)
+    saving.communicate(timeout=120)
+    if victim == "broker":
+        until(lambda: not processes(), "the rest has ended too")
+        guest.write(startup="shutdown")
+        guest.start()
+    assert only(folder) == ["guest.img"]
+    if file.stat().st_size != len(older):
+        assert guest.state in ("suspended", "shutdown", "running")
+        verify(file)
+        guest.cmd("destroy")
+        guest.cmd("restore", str(file))
+    else:
+        assert saving.returncode != 0
+        assert file.read_text() == older
+    runs_on(guest, 8)
+
+
+def test_a_monitor_that_is_ended_lets_a_suspended_guest_run(vm, folder):
+    """SIGTERM while the image is written, and when it is whole but has no name yet; then who adopts the guest."""
+    file = folder / "guest.img"
+    guest = vm()
+    guest.start()
+    guest.up()
+    for when, stops in (("writing", 6), ("whole", 9)):
+        if when == "writing":
+            saving, _ = held(guest, file)
+            file.unlink(missing_ok=True)
+            kill(guest.broker(), signal.SIGTERM)
+            assert saving.wait(120) != 0
+            assert only(folder) == []
         else:
-            hits += 1
-            assert saving.returncode != 0
-            assert "SIGKILL" in text or "hung up" in text
-            assert file.read_text() == older
+            with guest.connect() as monitor:
+                monitor.handed = os.open(file, os.O_RDWR | os.O_CREAT)
+                monitor.call("suspend", file=str(file))
+                kill(guest.broker(), signal.SIGTERM)
+                until(lambda: not guest.lock.exists(), "the monitor has ended")
+        until(lambda: not processes(), "the monitor has ended")
+        assert '"op":"resume"' in acts(guest).splitlines()[-3]
+        goes_on(guest, len(guest.ticks()), stops)  # with no monitor there
+        guest.write(startup="shutdown")
+        guest.start()
         guest.until("running")
-        goes_on(guest, before - 3, stops=5)
-    assert hits >= 2
+
+
+def test_the_config_changes_before_a_suspend(vm, folder):
+    """The image tells of the guest that is in it, and comes back once the config is that one again."""
+    file = folder / "guest.img"
+    guest = vm(vcpus=2)
+    guest.start()
+    guest.up()
+    guest.write(memory=160, vcpus=1)
+    guest.cmd("read-config")
+    suspend(guest, file)
+    verify(file)
+    assert "128 MiB of memory, this VM has 160 MiB" in guest.cmd("restore", str(file), code=5).stderr
+    guest.write(memory=128)
+    guest.cmd("read-config")
+    assert "2 vcpus, this VM has 1" in guest.cmd("restore", str(file), code=5).stderr
+    guest.write(vcpus=2)
+    guest.cmd("read-config")
+    guest.cmd("restore", str(file))
+    runs_on(guest, 3)
+
+
+def test_a_guest_with_a_vcpu_switched_off(vm, folder):
+    file = folder / "guest.img"
+    guest = vm(vcpus=3)
+    guest.start()
+    guest.up()
+    guest.shell("echo 0 >/sys/devices/system/cpu/cpu1/online")
+    suspend(guest, file)
+    verify(file)
+    guest.cmd("restore", str(file))
+    runs_on(guest, 4)
+
+
+def test_the_image_of_another_vm(vm, folder):
+    file = folder / "guest.img"
+    one, other = vm(), vm()
+    one.start()
+    one.up()
+    suspend(one, file)
+    other.write(startup="shutdown")
+    other.start()
+    refused = other.cmd("restore", str(file), code=5).stderr
+    assert f"of the VM {one.uuid}, this one is {other.uuid}" in refused
+    assert "foreign=true" in refused
+    other.cmd("restore", str(file), "foreign=true")
+    assert other.state == "running"
+    assert '"restore-foreign"' in acts(other)
+
+
+def test_image_and_act_log_on_one_full_disk(vm):
+    """The builder dies, and there is no space to log that: the guest runs on."""
+    logs = Path("/var/log/xenvm")
+    assert run("mount", "-t", "tmpfs", "-o", "size=200m", "none", str(logs)).returncode == 0
+    try:
+        guest = vm()
+        guest.start()
+        guest.up()
+        file = logs / "guest.img"
+        saving, builder = held(guest, file)
+        file.unlink(missing_ok=True)
+        run("dd", "if=/dev/zero", f"of={logs}/other", "bs=64k")
+        for number in range(20):  # what is left in the last page of the log
+            with contextlib.suppress(OSError), (logs / f"more{number}").open("wb", buffering=0) as more:
+                more.write(bytes(4096))
+        with contextlib.suppress(OSError), (logs / f"{guest.uuid}.acts").open("ab", buffering=0) as log:
+            while log.write(b" "):
+                pass
+        before = (logs / f"{guest.uuid}.acts").stat().st_size
+        kill(builder)
+        assert saving.wait(120) != 0
+        goes_on(guest, len(guest.ticks()), 6)
+        assert (logs / f"{guest.uuid}.acts").stat().st_size == before
+        (logs / "other").unlink()
+        if not guest.lock.exists() or not guest.pids():
+            guest.write(startup="shutdown")
+            guest.start()
+        guest.end()
+    finally:
+        run("umount", "-l", str(logs))
 
 
 @pytest.mark.long
@@ -268,29 +424,19 @@ def test_no_space(vm, tmp_path):
             run("umount", str(place))
 
 
-@pytest.mark.long
 def test_two_saves_at_once_and_cancel(vm, folder):
     guest = vm()
     guest.start()
     guest.up()
-    before = len(guest.ticks())
-    saving = subprocess.Popen(
-        ["xenvm-cmd", guest.uuid, "suspend", str(folder / "one")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    until(lambda: guest.state == "suspending", "the first one has begun")
+    saving, _ = held(guest, folder / "one")
+    (folder / "one").unlink(missing_ok=True)
     assert "busy with suspend" in guest.cmd("suspend", str(folder / "two"), code=9).stderr
-    run("xenvm-cmd", guest.uuid, "cancel")
+    guest.cmd("cancel")
     text = saving.communicate(timeout=120)[0]
-    assert saving.returncode in (0, 1), text
-    if saving.returncode:
-        assert "cancelled" in text
-        assert only(folder) == []
-        goes_on(guest, before)
-    else:
-        assert guest.state == "suspended"
+    assert saving.returncode == 1, text
+    assert "cancelled" in text
+    assert only(folder) == []
+    runs_on(guest, 6)
 
 
 @pytest.mark.long
