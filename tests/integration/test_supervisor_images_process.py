@@ -81,6 +81,21 @@ def test_status_answers_while_an_image_is_written(monitor, file):
     monitor.done(monitor.asked(Op.QUERY), RUNNING)
 
 
+def test_who_waits_for_an_image_hears_every_ten_seconds_that_it_is_worked_on(monitor, file):
+    """Its wait for the reply begins anew with each: synchronising a large image says nothing for minutes."""
+    monitor.running()
+    watcher = monitor.client()
+    watcher.call("events")
+    client, request = suspend(monitor, file)
+    monitor.broker.send(Progress(request.sequence, "finishing the image", 0, 0))
+    steps = []
+    while steps.count("finishing the image") < 2:
+        event = watcher.message()["params"]
+        steps += [event["step"]] if event["event"] == "progress" else []
+    monitor.done(request, SUSPENDED, "4096")
+    client.reply()
+
+
 def test_a_second_save_is_told_who_is_busy(monitor, file):
     monitor.running()
     suspend(monitor, file)

@@ -8,14 +8,15 @@ import stat
 import pytest
 
 from xenvm.cli import images
-from xenvm.cli.client import Reply
+from xenvm.cli.client import NoMonitorError, Reply
 from xenvm.errors import ExitCode, UsageError, WrongStateError, XenvmError
 
 
 class Monitor:
     """What of a monitor the commands about images use; `refuse` is the command that fails."""
 
-    def __init__(self, content=b"image", refuse=""):
+    def __init__(self, content=b"image", refuse="", running=True):
+        self.running = running
         self.handed, self.calls, self.content, self.refuse = None, [], content, refuse
         self.seen = None
 
@@ -33,7 +34,9 @@ class Monitor:
 
     def call(self, command, /, **params):
         self._called(command, params)
-        return Reply("", {"state": "suspended"})
+        if command == "status" and self.running is None:
+            raise NoMonitorError("status: the monitor hung up")
+        return Reply("", {"state": "suspended", "running": self.running})
 
     def _called(self, command, params):
         self.calls.append((command, params))
@@ -103,10 +106,95 @@ def test_an_image_that_cannot_be_named_is_not_committed(file, monkeypatch):
     assert os.listdir(file.parent) == []
 
 
-def test_a_domain_that_was_not_ended_is_an_error_with_the_image_there(file):
-    with pytest.raises(WrongStateError):
-        images.save(Monitor(refuse="commit"), "suspend", {"file": str(file)})
+@pytest.mark.parametrize("older", [True, False])
+@pytest.mark.parametrize("running", [True, False, None])
+def test_a_domain_that_was_not_ended(file, running, older):
+    """A guest that has run on takes its image with it; else that stays; when nobody knows, both files stay."""
+    if older:
+        file.write_bytes(b"old")
+    with pytest.raises(WrongStateError, match="commit is not possible; ") as caught:
+        images.save(Monitor(refuse="commit", running=running), "suspend", {"file": str(file)})
+    told, names = caught.value.message, sorted(os.listdir(file.parent))
+    if running is False:
+        assert f"the image {file} is whole" in told
+        assert (file.read_bytes(), names) == (b"image", ["guest.img"])
+    elif running and older:
+        assert f"{file} is the file that it was" in told
+        assert (file.read_bytes(), names) == (b"old", ["guest.img"])
+    elif running:
+        assert f"the image {file} was removed" in told
+        assert names == []
+    else:
+        assert f"the new image is {file}" in told
+        assert file.read_bytes() == b"image"
+        assert len(names) == 1 + older
+        if older:
+            assert f"the older file is {file.parent / names[0]};" in told
+            assert (file.parent / names[0]).read_bytes() == b"old"
+
+
+def test_somebody_elses_file_is_not_taken_back(file):
+    class Replacing(Monitor):
+        def call(self, command, /, **params):
+            if command == "commit":
+                file.unlink()
+                file.write_bytes(b"another")
+            return super().call(command, **params)
+
+    with pytest.raises(WrongStateError, match="the new image is"):
+        images.save(Replacing(refuse="commit"), "suspend", {"file": str(file)})
+    assert file.read_bytes() == b"another"
+
+
+def test_an_interrupted_commit_says_which_file_is_which(file, capsys):
+    class Interrupted(Monitor):
+        def call(self, command, /, **params):
+            raise KeyboardInterrupt
+
+    file.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt):
+        images.save(Interrupted(), "suspend", {"file": str(file)})
+    assert f"the new image is {file}, the older file is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["suspend", "checkpoint"])
+@pytest.mark.parametrize("older", [True, False])
+def test_a_name_that_cannot_be_put_on_the_disk_is_taken_back(file, monkeypatch, command, older):
+    def refuse(_descriptor):
+        raise OSError(errno.EIO, "no luck")
+
+    if older:
+        file.write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", refuse)
+    monitor = Monitor()
+    with pytest.raises(XenvmError, match="cannot be put on the disk: no luck; the guest runs on"):
+        images.save(monitor, command, {"file": str(file)})
+    assert monitor.commands == [command, *(["cancel"] if command == "suspend" else [])]
+    assert os.listdir(file.parent) == (["guest.img"] if older else [])
+    assert not older or file.read_bytes() == b"old"
+
+
+def test_without_hard_links_the_older_file_is_gone(tmp_path, monkeypatch):
+    """As on a FAT file system, which has no files without a name either."""
+    real = os.open
+
+    def limited(path, flags, *more, **options):
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return real(path, flags, *more, **options)
+
+    def none(*_words, **_options):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "open", limited)
+    monkeypatch.setattr(os, "link", none)
+    file = tmp_path / "guest.img"
+    file.write_bytes(b"old")
+    images.save(Monitor(), "suspend", {"file": str(file)})
     assert file.read_bytes() == b"image"
+    with pytest.raises(WrongStateError, match="was removed"):
+        images.save(Monitor(refuse="commit"), "suspend", {"file": str(file)})
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_is_no_place_for_an_image(tmp_path):

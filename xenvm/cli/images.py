@@ -2,7 +2,8 @@
 """Save images: opened, named and removed here, with the rights of whoever runs xenvm-cmd; the monitor gets descriptors.
 
 An image is written into a file without a name. Only when it is whole and on the disk it gets the name, in one step;
-only after that the domain is ended. Whatever goes wrong before leaves the guest running and an older file as it was.
+only after that the domain is ended. Whatever goes wrong before leaves the guest running and an older file as it was:
+that one is kept beside until it is certain that the guest has not run on.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 BAR_WIDTH: Final = 40
 NO_NAMELESS_FILES: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL})  # open(2), O_TMPFILE
+NO_LINKS: Final = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK})  # link(2), file systems without hard links
 MODE: Final = 0o600  # it holds the guest's memory
 
 
@@ -38,7 +40,8 @@ class Target:
         if not self._name or path.endswith("/"):
             raise UsageError(f"{command}: file= names no file: {path}")
         self._beside = f".{self._name[:200]}.xenvm-{os.urandom(8).hex()}"
-        self._named = False
+        self._before = f"{self._beside}.before"  # the name that an older file has until all is certain
+        self._named = self._kept = False
         self._directory = self.file = -1
         try:
             self._directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -68,16 +71,64 @@ class Target:
         return made
 
     def take_over(self) -> None:
-        """Give the file its name, in place of an older one, and have that on the disk; raise XenvmError if it fails."""
+        """Give the file its name, in place of an older one, and have that on the disk; raise XenvmError if it fails.
+
+        The older one is kept until `confirm` or `give_back`, where the file system has hard links.
+        """
         try:
+            with contextlib.suppress(FileNotFoundError):
+                self._keep()
             if not self._named:
                 os.link(f"/proc/self/fd/{self.file}", self._beside, dst_dir_fd=self._directory, follow_symlinks=True)
                 self._named = True
             os.rename(self._beside, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
             self._named = False
+        except OSError as error:
+            self.confirm()  # the older file has its own name still
+            raise XenvmError(f"the image cannot be named {self.path}: {error.strerror}; the guest runs on") from error
+        try:
             os.fsync(self._directory)
         except OSError as error:
-            raise XenvmError(f"the image cannot be named {self.path}: {error.strerror}; the guest runs on") from error
+            what = self.give_back()
+            raise XenvmError(
+                f"the name {self.path} cannot be put on the disk: {error.strerror}; the guest runs on; {what}"
+            ) from error
+
+    def _keep(self) -> None:
+        try:
+            places = {"src_dir_fd": self._directory, "dst_dir_fd": self._directory}
+            os.link(self._name, self._before, **places, follow_symlinks=False)
+            self._kept = True
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+
+    def confirm(self) -> None:
+        """Let go of the older file: the image is to be restored from now on. Works twice."""
+        if self._kept:
+            with contextlib.suppress(OSError):
+                os.unlink(self._before, dir_fd=self._directory)
+            self._kept = False
+
+    def give_back(self) -> str:
+        """Give the name back to the older file, since the guest has run on; return what has become of the files."""
+        try:
+            there, ours = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False), os.fstat(self.file)
+            if (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino):
+                return self.which()
+            if self._kept:
+                os.rename(self._before, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+                self._kept = False
+                return f"{self.path} is the file that it was"
+            os.unlink(self._name, dir_fd=self._directory)
+        except OSError as error:
+            return f"{error.strerror}: {self.which()}"
+        return f"the image {self.path} was removed"
+
+    def which(self) -> str:
+        """Say which file is which when it is not certain whether the guest has run on."""
+        older = f", the older file is {os.path.dirname(self.path)}/{self._before}" if self._kept else ""  # noqa: PTH120
+        return f"the new image is {self.path}{older}; do not restore an image whose guest has run on"
 
     def close(self) -> None:
         """Close all; a file that did not get its name is gone. Works twice."""
@@ -113,7 +164,31 @@ def save(monitor: Monitor, command: str, given: Mapping[str, str]) -> Reply:
                 with contextlib.suppress(XenvmError):
                     monitor.call("cancel")
             raise
-        return monitor.call("commit") if command == "suspend" else reply
+        if command == "suspend":
+            reply = _commit(monitor, place)
+        place.confirm()
+        return reply
+
+
+def _commit(monitor: Monitor, place: Target) -> Reply:
+    """Have the domain ended; when that fails, look whether the guest has run on, and then take the image back."""
+    try:
+        return monitor.call("commit")
+    except XenvmError as error:
+        try:
+            status = monitor.call("status").data
+            running = status.get("running") if isinstance(status, dict) else None
+        except XenvmError:
+            running = None
+        if running is False:
+            place.confirm()
+            what = f"the guest does not run, and the image {place.path} is whole"
+        else:
+            what = place.give_back() if running else place.which()
+        raise type(error)(f"{error.message}; {what}", hint=error.hint, code=error.code) from error
+    except BaseException:
+        render.note(f"suspend: {place.which()}")
+        raise
 
 
 def restore(monitor: Monitor, given: Mapping[str, str]) -> Reply:

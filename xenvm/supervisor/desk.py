@@ -9,15 +9,19 @@ import time
 
 from xenvm.errors import ProtocolError, TimeoutExpiredError, UsageError, XenvmError
 from xenvm.supervisor.control import PARSE_ERROR, REQUEST_WAIT_S, Client, Request, Rights, accept
+from xenvm.supervisor.images import CANCELLABLE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import _socket as socket
     from collections.abc import Mapping
+    from typing import Final
 
     from xenvm.boundary.messages import Init
-    from xenvm.supervisor.pending import Waiter
+    from xenvm.supervisor.pending import Operation, Waiter
     from xenvm.supervisor.states import State
+
+ALIVE_S: Final = 10.0  # between two events of progress: checking or synchronising an image says nothing for minutes
 
 
 class Desk:
@@ -30,9 +34,16 @@ class Desk:
         self._epoll = select.epoll()
         self._serving = False
         self._waiters: list[Waiter] = []
+        self._operation: Operation | None = None  # the command that changes the VM just now
+        self._step: dict[str, object] = {}  # what the broker's helper is at
+        self._told_s = 0.0
 
     def _command(self, client: Client, request: Request) -> None:
         """Do what a request asks, at once or later; raise XenvmError when it cannot be."""
+        raise NotImplementedError
+
+    def _publish(self, kind: str, details: dict[str, object]) -> None:
+        """Send an event with what is said of each."""
         raise NotImplementedError
 
     def _serve_clients(self) -> None:
@@ -95,10 +106,14 @@ class Desk:
     def _client_deadlines(self) -> list[float]:
         """Return when waiting for a state, or for the rest of a request, is over."""
         due = [waiter.end for waiter in self._waiters]
+        if self._awaits_image:
+            due.append(self._told_s + ALIVE_S)
         return due + [client.begun_s + REQUEST_WAIT_S for client in self._clients.values() if client.partial]
 
     def _expire(self, now_s: float, state: State) -> None:
-        """Answer those who have waited long enough, and drop who does not end a request."""
+        """Answer who has waited long enough, drop who does not end a request, tell that an image is worked on."""
+        if self._awaits_image and now_s >= self._told_s + ALIVE_S:
+            self._publish("progress", self._step or {"step": ""})
         for waiter in [waiter for waiter in self._waiters if now_s >= waiter.end]:
             if waiter not in self._waiters:  # dropped by what another one's answer led to
                 continue
@@ -114,6 +129,11 @@ class Desk:
             if client.partial and now_s >= client.begun_s + REQUEST_WAIT_S:
                 self._drop(client)
 
+    @property
+    def _awaits_image(self) -> bool:
+        """Whether a client waits for a save image, and would give up when it heard nothing for long."""
+        return bool(self._operation and self._operation.name in CANCELLABLE and self._operation.client)
+
     def _wake(self, state: State) -> None:
         """Answer those who have waited for this state."""
         for waiter in [waiter for waiter in self._waiters if waiter.state is state]:
@@ -125,6 +145,7 @@ class Desk:
 
     def _tell(self, event: Mapping[str, object]) -> None:
         """Send an event to all who want to hear of them."""
+        self._told_s = time.monotonic()
         for client in [client for client in self._clients.values() if client.subscribed]:
             client.notify(event)
             if not client.flush():

@@ -66,7 +66,7 @@ class Supervisor(Desk):
         self._broker, self._watcher = broker, watcher
         restoring = init.first and init.policy.startup.startswith("restore")
         self._vm = Vm(State.RESTORING if restoring else State.CREATING)
-        self._operation: Operation | None = Operation("start", None, None, time.monotonic())
+        self._operation = Operation("start", None, None, time.monotonic())
         self._starting = init.first
         first_op = {"started": Op.START, "paused": Op.START_PAUSED, "shutdown": Op.FIND}.get(
             init.policy.startup, Op.START_RESTORED
@@ -77,7 +77,6 @@ class Supervisor(Desk):
         self._sequence = 0
         self._look_due = 0.0
         self._looked = 0.0
-        self._step: dict[str, object] = {}
         self._handovers: dict[int, tuple[Client, object]] = {}
         self._device_asks: dict[int, str] = {}
         self._nics: frozenset[int] = frozenset()
@@ -512,7 +511,7 @@ class Supervisor(Desk):
     def _do_commit(self, client: Client, request: Request) -> None:
         operation = self._operation
         if operation is None or operation.owner is not client or not operation.commit_due_s:
-            raise WrongStateError("commit: no image of yours waits for it; the guest was not ended")
+            raise WrongStateError(f"commit: no image of yours waits for it; the VM is {self._vm.state}")
         operation.commit_due_s, operation.client, operation.identifier = 0.0, client, request.identifier
         self._happen(Happening(Event.COMMITTED, time.monotonic()))
 
