@@ -383,6 +383,18 @@ def test_the_start_of_a_monitor_restores(vm, folder):
     domid = domains()[guest.uuid]
     guest.start()
     assert guest.domid == domid
+    suspend(guest, file)
+    guest.cmd("quit")
+    until(lambda: not processes(), "the monitor has ended")
+    guest.write(startup=f"restore {file}")
+    guest.start()
+    guest.cmd("quit")
+    until(lambda: not processes(), "the monitor has ended")
+    assert only(folder) == ["guest.img"]
+    guest.write(startup=f"restore-del {file}")  # as if the monitor had died before it could remove the image
+    guest.start()
+    guest.until("running")
+    assert only(folder) == []
     guest.end()
     failed = guest.start(code=1).stderr
     assert str(file) in failed

@@ -404,13 +404,47 @@ def begin(bench):
     return message, len(descriptors)
 
 
-@pytest.mark.parametrize(("said", "stays"), [("restored", False), ("", True)])
-def test_the_granted_image_is_removed_when_the_guest_came_from_it(bench, granted, said, stays):
+def identity(path):
+    with path.open("rb") as file:
+        return images.identity(file.fileno())
+
+
+@pytest.mark.parametrize(("came", "stays"), [(True, False), (False, True)])
+def test_the_granted_image_is_removed_when_the_guest_came_from_it(bench, granted, came, stays):
     job, pipes = begin(bench)
-    assert (job.op, pipes) == (Op.START_RESTORED, 1)
-    bench.answer(Done(0, RUNNING, said))
+    assert (job.op, pipes, job.restored) == (Op.START_RESTORED, 1, identity(granted))
+    bench.answer(Done(0, RUNNING, job.restored if came else ""))
     assert bench.heard() == Done(0, RUNNING, "")
     assert granted.exists() is stays
+    assert len(bench.acts.of("image-removed")) == came
+
+
+def test_the_image_of_a_guest_that_is_adopted_is_removed_when_its_monitor_had_no_time_for_it(bench, granted):
+    """Whatever else a look tells, and whoever has the name by now, stays."""
+    was = identity(granted)
+    for said, stays in (("", True), ("1:2:3", True), (was, False)):
+        bench.ask(Op.FIND)
+        bench.job()
+        bench.answer(Done(0, RUNNING, said))
+        assert bench.heard() == Done(1, RUNNING, "")
+        assert granted.exists() is stays
+    logged = len(bench.acts.of("image-removed"))
+    granted.write_bytes(b"image")
+    os.utime(granted, ns=(1, 1))  # even if it should have the same inode
+    bench.ask(Op.QUERY)
+    bench.job()
+    bench.answer(Done(0, RUNNING, identity(granted)))
+    assert granted.exists()
+    assert len(bench.acts.of("image-removed")) == logged
+
+
+def test_the_image_is_removed_though_the_builder_died_when_the_domain_was_whole(bench, granted, monkeypatch):
+    job, _ = begin(bench)
+    monkeypatch.setattr(core, "look_again", lambda *_: Done(0, RUNNING, job.restored))
+    bench.builder.die()
+    bench.turn()
+    assert bench.heard().domain == RUNNING
+    assert not granted.exists()
 
 
 def test_the_granted_image_stays_after_a_failure_and_where_the_config_says_so(bench, granted):
@@ -419,16 +453,16 @@ def test_the_granted_image_stays_after_a_failure_and_where_the_config_says_so(be
     bench.heard()
     assert granted.exists()
     bench.broker._policy = bench.broker._policy.but(startup="restore")
-    begin(bench)
-    bench.answer(Done(0, RUNNING, "restored"))
+    job, _ = begin(bench)
+    bench.answer(Done(0, RUNNING, job.restored))
     assert granted.exists()
 
 
 def test_another_file_of_its_name_stays(bench, granted):
-    begin(bench)
+    job, _ = begin(bench)
     granted.unlink()
     granted.write_bytes(b"another")
-    bench.answer(Done(0, RUNNING, "restored"))
+    bench.answer(Done(0, RUNNING, job.restored))
     assert granted.read_bytes() == b"another"
     assert bench.acts.of("image-removed")[0]["why"] == "another file has its name"
 

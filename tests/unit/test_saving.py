@@ -10,7 +10,7 @@ from xenvm.boundary.images import Image
 from xenvm.boundary.messages import Domain, DomainState, Grants, Job, Op, Phase
 from xenvm.errors import ExitCode, WrongStateError, XenvmError
 from xenvm.helpers import saved
-from xenvm.helpers.builder import image, saving
+from xenvm.helpers.builder import image, saving, tree
 from xenvm.helpers.builder.jobs import Builder
 from xenvm.helpers.builder.saving import Saving
 
@@ -147,6 +147,14 @@ def test_who_adopts_a_guest_that_runs_tells_xenstored(xen, store, domain, told):
     found = Builder(xen, store, None, lambda *_: None).run(job(Op.FIND), []).domain
     assert found == domain.but(phase=Phase.BUILT)
     assert store.resumed == told
+
+
+@pytest.mark.parametrize("restored", ["", "8:77:1795745961"])
+def test_the_record_says_which_image_a_domain_came_from(xen, store, restored):
+    store.make = store.permissions = lambda *_: None
+    tree.write_record(store, UUID, 7, Phase.BUILT, restored)
+    for op in (Op.FIND, Op.START_RESTORED, Op.START):
+        assert Builder(xen, store, None, lambda *_: None).run(job(op), []).text == restored
 
 
 def check(xen, store, told, **changes):

@@ -424,7 +424,7 @@ class Job(Message):
 
     `vbds` and `vifs` are the devices to plug, `kind` and `device` (-1: none) the one to unplug, which with `disc` must
     be a disc in a CD drive; `force` takes one away that the guest does not let go. With it, a restore takes the image
-    of another VM.
+    of another VM. `restored` is noted with the domain when it is whole: the image it came from.
     """
 
     op: Op
@@ -438,6 +438,7 @@ class Job(Message):
     disc: bool = False
     force: bool = False
     timeout_s: int = 40
+    restored: str = ""
     KIND: ClassVar = 7
     DESCRIPTORS: ClassVar = 2
     CHECKS: ClassVar = {
@@ -452,6 +453,7 @@ class Job(Message):
         "disc": flag,
         "force": flag,
         "timeout_s": _SECONDS,
+        "restored": string(80, forms.printable),
     }
 
 

@@ -506,13 +506,13 @@ class Broker:
                 self._keeping, work.kernel = work.kernel, None
             if work.op not in ON_DEVICES:
                 self._learn(message.domain)
-            if work.op is Op.START_RESTORED and self._policy.startup == "restore-del" and message.text:
-                images.remove(self._grants.image, work.change.image, self._acts)
+            images.restored(self._policy, self._grants, work.op, message, self._acts)
             work.close()
             self._pass_on(work, message)
         elif isinstance(message, Failed):
             work.close()
             made = self._after_failure(work) if work.op in REBUILDING else None
+            images.restored(self._policy, self._grants, work.op, made, self._acts)
             answer = made or work.answer or Failed(work.sequence, message.fault, self._known())
             if work.op is Op.PLUG and work.result is None:
                 self._first(work, Op.UNPLUG, answer, undone(work))

@@ -8,7 +8,7 @@ import os
 import stat
 
 from xenvm.boundary.images import Image, Inspect
-from xenvm.boundary.messages import NO_DOMAIN, Failed, Fault, Op
+from xenvm.boundary.messages import NO_DOMAIN, Done, Failed, Fault, Op
 from xenvm.boundary.privileges import Role
 from xenvm.broker.children import Child
 from xenvm.context import suppress
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from typing import Final
 
     from xenvm.boundary.checks import Message
+    from xenvm.boundary.messages import Grants, Policy
     from xenvm.broker.actlog import ActLog
 
+STARTS: Final = frozenset({Op.FIND, Op.START, Op.START_PAUSED, Op.START_RESTORED})  # these tell of a domain's image
 PIPE_BYTES: Final = 1 << 20  # fs.pipe-max-size of Linux; the usual 64 KiB cost a switch of processes for each fill
 
 
@@ -60,15 +62,30 @@ def open_granted(path: str, acts: ActLog) -> int:
     return descriptor
 
 
-def remove(path: str, descriptor: int, acts: ActLog) -> None:
-    """Remove the image that was restored, unless another file has its name by now; log that, or why not."""
-    why = ""
+def identity(descriptor: int) -> str:
+    """Return what tells this file from any other that has its name later, also when that has its inode again."""
+    return _identity(os.fstat(descriptor))
+
+
+def _identity(status: os.stat_result) -> str:
+    return f"{status.st_dev}:{status.st_ino}:{status.st_mtime_ns}"
+
+
+def restored(policy: Policy, grants: Grants, op: Op, answer: Message | None, acts: ActLog) -> None:
+    """Remove the image that the domain came from, if the config says so and another file has not its name by now.
+
+    Whoever finds the domain is told by its record, so that this is made up for when a process died before it.
+    """
+    if policy.startup != "restore-del" or op not in STARTS or not isinstance(answer, Done) or not answer.text:
+        return
+    path, why = grants.image, ""
     try:
-        there, was = os.stat(path, follow_symlinks=False), os.fstat(descriptor)  # noqa: PTH116
-        if (there.st_dev, there.st_ino) == (was.st_dev, was.st_ino):
+        if _identity(os.stat(path, follow_symlinks=False)) == answer.text:  # noqa: PTH116
             os.unlink(path)  # noqa: PTH108
         else:
             why = "another file has its name"
+    except FileNotFoundError:  # it was removed before
+        return
     except OSError as error:
         why = error.strerror or str(error)
     acts.append("image-removed", file=path, why=why)

@@ -10,7 +10,7 @@ from xenvm.boundary.devices import Kind
 from xenvm.boundary.messages import Done, Failed, Fault, Job, Op
 from xenvm.boundary.privileges import Role
 from xenvm.broker.children import Child
-from xenvm.broker.images import Feed
+from xenvm.broker.images import Feed, identity
 from xenvm.broker.kernels import Kernel
 from xenvm.broker.phases import PERMITS, RESTORING, SAVING
 from xenvm.broker.plugging import Plugging, Wanted
@@ -50,6 +50,7 @@ class Change(Record):
         return Job(
             *(op, grants.uuid, domid, grants, planned, self.wanted.vifs, *place),
             *(self.disc, self.force, self.timeout_s),
+            restored=identity(self.image) if op is Op.START_RESTORED and self.image >= 0 else "",
         )
 
 

@@ -66,11 +66,11 @@ class Builder:
 
     def _act(self, job: Job, images: list[int]) -> tuple[Domain, str]:
         text = ""
-        if job.op is Op.FIND:
-            return self._find(job.uuid), text
-        if job.op in STARTING:
+        if job.op is Op.FIND or job.op in STARTING:
             found = self._find(job.uuid)
-            return (found, text) if found.domid > 0 else self._create(job, images)
+            if found.domid > 0:
+                return found, tree.read_restored(self._store, job.uuid)
+            return (found, text) if job.op is Op.FIND else self._create(job, images)
         if job.op in CREATING:
             return self._create(job, images)
         if job.op is Op.DESTROY:
@@ -84,9 +84,9 @@ class Builder:
         return self._look(job), text
 
     def _create(self, job: Job, images: list[int]) -> tuple[Domain, str]:
-        """Build the domain, or bring it back from an image; the text tells which."""
+        """Build the domain, or bring it back from an image; the text tells of which."""
         if job.op in RESTORING:
-            return self._restore(job, images), "restored"
+            return self._restore(job, images), job.restored
         return self._build(job, lambda domid, channels: self._boot(job.grants, images, domid, channels)), ""
 
     # Looking
@@ -142,7 +142,8 @@ class Builder:
             domid = self._assemble(job, load)
             if job.op not in PAUSED:
                 self._xen.unpause(domid)
-            tree.write_record(self._store, job.uuid, domid, Phase.BUILT)  # last: else nobody would let it run
+            # last: else nobody would let it run
+            tree.write_record(self._store, job.uuid, domid, Phase.BUILT, job.restored)
         except BaseException:
             self._destroy(job.uuid)
             raise

@@ -45,8 +45,8 @@ def record_path(uuid: str) -> str:
     return f"{RECORDS}/{uuid}"
 
 
-def write_record(store: Store, uuid: str, domid: int, phase: Phase) -> None:
-    """Note what we are about to do (BUILDING) or have done (BUILT) for `uuid`."""
+def write_record(store: Store, uuid: str, domid: int, phase: Phase, restored: str = "") -> None:
+    """Note what we are about to do (BUILDING) or have done (BUILT) for `uuid`, and which image was `restored`."""
 
     def steps() -> None:
         path = record_path(uuid)
@@ -54,6 +54,8 @@ def write_record(store: Store, uuid: str, domid: int, phase: Phase) -> None:
         store.permissions(path, "n0")
         store.write(f"{path}/domid", str(domid))
         store.write(f"{path}/phase", phase.value)
+        if restored:
+            store.write(f"{path}/restored", restored)
 
     store.transaction(steps)
 
@@ -68,6 +70,12 @@ def read_record(store: Store, uuid: str) -> tuple[int, Phase]:
         return int(domid), Phase(phase.decode("ascii"))
     except ValueError:
         return -1, Phase.BUILDING
+
+
+def read_restored(store: Store, uuid: str) -> str:
+    """Return which image the domain came from, "" for none."""
+    value = store.read(f"{record_path(uuid)}/restored") or b""
+    return value.decode("ascii", "replace")
 
 
 def write_skeleton(store: Store, domid: int, uuid: str, name: str) -> None:
