@@ -411,9 +411,9 @@ class Vm:
         try:
             self.ask("destroy")
         except NoMonitorError:
-            if self.uuid in self.host.domains() or self.lock.exists():
+            if self.left():
                 self.write(startup="shutdown")
-                self.host.run("xenvm", str(self.file))  # adopts what a killed monitor left
+                self.host.run("xenvm", str(self.file))  # adopts what a killed monitor left, removes what is half there
                 with contextlib.suppress(XenvmError):
                     self.ask("destroy")
         except XenvmError:
