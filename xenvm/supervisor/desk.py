@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import select
 import time
+from abc import ABC, abstractmethod
 
 from xenvm.errors import ProtocolError, TimeoutExpiredError, UsageError, XenvmError
 from xenvm.supervisor.control import PARSE_ERROR, REQUEST_WAIT_S, Client, Request, Rights, accept
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 ALIVE_S: Final = 10.0  # between two events of progress: checking or synchronising an image says nothing for minutes
 
 
-class Desk:
+class Desk(ABC):
     """Base of the supervisor: its clients. What a command does is for the class that inherits."""
 
     def __init__(self, listener: socket.socket, init: Init) -> None:
@@ -38,9 +39,9 @@ class Desk:
         self._step: dict[str, object] = {}  # what the broker's helper is at
         self._told_s = 0.0
 
+    @abstractmethod
     def _command(self, client: Client, request: Request) -> None:
         """Do what a request asks, at once or later; raise XenvmError when it cannot be."""
-        raise NotImplementedError
 
     def _publish(self, kind: str, details: dict[str, object]) -> None:
         """Send an event with what is said of each."""
