@@ -16,6 +16,15 @@ READ_GROUP = "xenvm-read"
 LOG_DIRECTORY = "/var/log/xenvm"
 
 
+def pytest_configure(config):
+    """How long one example takes says how busy the machine is, and nothing of the code."""
+    if config.pluginmanager.hasplugin("hypothesispytest"):  # not in dom0 of the lab, where no test needs it
+        import hypothesis  # noqa: PLC0415
+
+        hypothesis.settings.register_profile("xenvm", deadline=None)
+        hypothesis.settings.load_profile("xenvm")
+
+
 def _known(database, name):
     try:
         database(name)
