@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xenvm import forms
-from xenvm.boundary import checks, devices, messages, workers
+from xenvm.boundary import checks, devices, images, messages, workers
 from xenvm.boundary.frames import BODY_LIMIT_BYTES, HEADER, MAGIC, VERSION, Channel, decode, encode
 from xenvm.boundary.messages import KINDS, flag
 from xenvm.errors import ProtocolError
@@ -41,6 +41,7 @@ PATTERNS = {
     messages.is_directory: r"(/(?!\.{1,2}(/|\Z))[^/\0]+)+",
     messages.is_file_name: r"((?!\.{1,2}\Z)[^/\0]+)?",
     workers.is_digest: r"[0-9a-f]{64}",
+    images.is_uuid_or_none: r"([0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})?",
     devices.is_cipher: r"([A-Za-z0-9][A-Za-z0-9_()-]{0,63})?",
 }
 

@@ -14,6 +14,11 @@ _SEQUENCE = number(0, INT32_MAX)
 _SECONDS = number(1, 86400)
 
 
+def is_uuid_or_none(text: str) -> bool:
+    """Tell whether a text is a uuid, or empty."""
+    return not text or forms.uuid(text)
+
+
 class Save(Message):
     """Supervisor to broker: write an image of the running guest into the file that comes along, empty and writable.
 
@@ -68,5 +73,5 @@ class Image(Message):
         "vcpus": number(1, 8192),
         "xen_major": number(0, 2**16 - 1),
         "xen_minor": number(0, 2**16 - 1),
-        "uuid": string(36, lambda text: not text or forms.uuid(text)),
+        "uuid": string(36, is_uuid_or_none),
     }
