@@ -402,7 +402,7 @@ class Vm:
         for pid, words in self.host.processes().items():
             with contextlib.suppress(OSError, IndexError):
                 stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                if int(stat[1]) == broker:
+                if int(stat[1]) == broker and words[5] != "broker":  # a child that is just being made looks like it
                     found[words[5]] = pid
         return found
 
