@@ -45,7 +45,6 @@ class Desk(ABC):
 
     def _publish(self, kind: str, details: dict[str, object]) -> None:
         """Send an event with what is said of each."""
-        raise NotImplementedError
 
     def _serve_clients(self) -> None:
         """Begin to accept connections: at once on a start, which can be destroyed; else when the state is known."""
