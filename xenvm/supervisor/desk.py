@@ -43,6 +43,7 @@ class Desk(ABC):
     def _command(self, client: Client, request: Request) -> None:
         """Do what a request asks, at once or later; raise XenvmError when it cannot be."""
 
+    @abstractmethod
     def _publish(self, kind: str, details: dict[str, object]) -> None:
         """Send an event with what is said of each."""
 
