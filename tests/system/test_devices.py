@@ -37,12 +37,18 @@ def quiet(vm, **settings):
 
 
 def held(guest):
-    """The broker's descriptors, counted while a builder and a hotplug worker wait ready: each costs it two."""
-    guest.cmd("pause")
-    guest.cmd("unpause")
-    guest.cmd("disk-list")
-    until(lambda: {"builder", "hotplug"} <= guest.pids().keys(), "both helpers wait ready", 30)
-    return len(os.listdir(f"/proc/{guest.broker()}/fd"))
+    """The broker's descriptors, without the two that each helper which waits ready costs it; once they stay the same."""
+
+    def count():
+        helpers = guest.pids().keys() & {"builder", "hotplug", "network"}
+        return len(os.listdir(f"/proc/{guest.broker()}/fd")) - 2 * len(helpers)
+
+    def settled():
+        first = count()
+        time.sleep(1)
+        return first if count() == first else 0
+
+    return until(settled, "the broker's descriptors stay the same")
 
 
 def rows(guest, command="disk-list"):
