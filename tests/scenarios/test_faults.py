@@ -181,5 +181,6 @@ def test_many_at_once(host, vm, count):
         until(lambda guest=guest: guest.ticks(), "every guest ticks", 600)
     stopping = [guest.begin_cmd("shutdown", "timeout=300") for guest in guests]
     for one in stopping:
-        assert one.wait(timeout=400) == 0
+        said = one.communicate(timeout=400)[0]
+        assert one.returncode == 0, said
     assert host.domains() == {}

@@ -120,7 +120,7 @@ def test_options_stand_anywhere():
         line = cmd.parse([*words, "--use-socket"])
         assert (line.as_json, line.reply_timeout_s, line.target, line.command) == (True, 2.5, UUID, "x")
     line = cmd.parse([UUID, "x"])
-    assert (line.as_json, line.reply_timeout_s) == (False, 60.0)
+    assert (line.as_json, line.reply_timeout_s) == (False, 90.0)
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,7 @@ def test_a_builder_that_says_nothing_is_ended_at_its_deadline(bench, monkeypatch
     silent = bench.builder
     bench.broker._work.end = 0.0
     bench.turn()
-    assert "no answer within 30 s" in bench.refused(ExitCode.TIMED_OUT)
+    assert "no answer within 60 s" in bench.refused(ExitCode.TIMED_OUT)
     assert silent.killed
 
 

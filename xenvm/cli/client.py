@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 DEFAULT_SOCKET_DIR = "/run/xenvm"
-REPLY_TIMEOUT_S = 60.0
+REPLY_TIMEOUT_S = 90.0
 """How long one wait for a monitor lasts when the caller does not say."""
 OWN_TIMEOUT_S = 60.0
 """Added to the wait for a command that itself waits for the guest and was given no `timeout`."""
