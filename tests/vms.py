@@ -27,6 +27,7 @@ from xenvm.boundary.spawn import command
 from xenvm.cli.client import Monitor, NoMonitorError
 from xenvm.errors import XenvmError
 from xenvm.simulator.client import Machine
+from xenvm.simulator.guest import CRASH
 
 ROOT = Path(xenvm.__file__).parent.parent
 KERNEL = "/lab/vmlinux"  # Debian's kernel, unpacked once: half a minute of emulation saved in each test
@@ -145,6 +146,13 @@ class XenHost:
         """Destroy a domain behind its monitor's back."""
         run("xl", "destroy", str(domid))
 
+    def crash(self, domid):
+        """Let a guest end as one whose kernel has panicked."""
+        from xenvm.helpers.builder import xen  # noqa: PLC0415 - a machine without Xen has not got it
+
+        hypervisor = xen.Hypervisor()
+        hypervisor.check(xen.lib.xc_domain_shutdown(hypervisor.handle, domid, CRASH), "crashing the domain")
+
     def has_shut_down(self, _domid):
         return re.search(r" -*s-* ", run("xl", "list").stdout)
 
@@ -244,6 +252,9 @@ class SimulatedHost:
 
     def destroy(self, domid):
         self.machine.call("destroy", domid=domid)
+
+    def crash(self, domid):
+        self.machine.call("shutdown", domid=domid, reason=CRASH)
 
     def has_shut_down(self, domid):
         return self.machine.call("look", domid=domid)["reason"] >= 0
