@@ -48,6 +48,13 @@ class StartupKind(StrChoice):
     RESTORE_DELETE = "restore-del"
 
 
+class Compression(StrChoice):
+    """How the bytes of a save image are stored."""
+
+    NONE = "none"
+    ZSTD = "zstd"
+
+
 class DiskType(StrChoice):
     """How the bytes of a virtual disk are stored."""
 

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The real stream worker, confined, with images good and bad. Needs root."""
 
+import json
 import os
 import tempfile
 
 import pytest
-from saveimages import image, libxc, pages, parts
+from saveimages import config, image, libxc, pages, parts
 
-from xenvm.boundary.images import Image, Inspect
+from xenvm.boundary.images import Image, Inspect, Pack, Packed, Packing
 from xenvm.boundary.messages import Failed, Hello
 from xenvm.boundary.privileges import Role
 from xenvm.broker.children import Child
+from xenvm.helpers import saved
 
 WAIT_S = 60
 PAGE = bytes(range(256)) * 16
@@ -33,7 +35,7 @@ def inspect(worker, content):
     with tempfile.TemporaryFile() as file:
         file.write(content)
         file.flush()
-        worker.channel.send(Inspect(), (file.fileno(), writable))
+        worker.channel.send(Inspect(131072), (file.fileno(), writable))
     os.close(writable)
     return worker.channel.receive(deadline_s=WAIT_S)[0], readable
 
@@ -68,6 +70,46 @@ def test_a_builder_that_goes_away_ends_the_worker(worker):
     worker.end(grace_ms=10000)
     assert worker.status is not None
     assert os.WIFEXITED(worker.status)
+
+
+def test_an_image_is_packed_and_comes_back(users):
+    many = {f"more{number}": pages(list(range(1024)), [PAGE, bytes(4096)] * 512) for number in range(8)}
+    made = parts()
+    stream = libxc({name: made[name] for name in list(made)[:6]} | many | {name: made[name] for name in list(made)[6:]})
+    text = json.dumps(config()).encode()[:-1] + b"," + saved.UNSEALED + b"}"
+    with tempfile.TemporaryFile() as file:
+        readable, writable = os.pipe()
+        packer = Child(Role.STREAM, 2, {}, "test")
+        packer.channel.receive(deadline_s=WAIT_S)
+        packer.channel.send(Pack(131072), (file.fileno(), readable))
+        os.close(readable)
+        assert packer.channel.receive(deadline_s=WAIT_S)[0] == Packing()
+        with os.fdopen(writable, "wb") as pipe:
+            pipe.write(image(stream, text=text))
+        assert packer.channel.receive(deadline_s=WAIT_S)[0] == Packed(os.fstat(file.fileno()).st_size)
+        packer.end(grace_ms=10000)
+        assert packer.how() == "ended with status 0"
+        file.seek(0)
+        content = file.read()
+    assert len(content) < 0.1 * len(stream)
+    reader = Child(Role.STREAM, 2, {}, "test")
+    reader.channel.receive(deadline_s=WAIT_S)
+    told, readable = inspect(reader, content)
+    assert told == Image(131072, 1, 4, 17, "")
+    assert whole(readable) == stream
+    reader.end(grace_ms=10000)
+
+
+def test_no_room_is_said_before_anything_comes_through_the_pipe(worker):
+    readable, writable = os.pipe()
+    with tempfile.TemporaryFile() as file:
+        worker.channel.send(Pack(2**42), (file.fileno(), readable))
+        told = worker.channel.receive(deadline_s=WAIT_S)[0]
+        assert os.fstat(file.fileno()).st_size == 0
+    assert isinstance(told, Failed)
+    assert "are free" in told.fault.message
+    os.close(readable)
+    os.close(writable)
 
 
 def test_an_image_that_eats_memory_is_refused(worker):

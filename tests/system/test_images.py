@@ -3,14 +3,16 @@
 
 import contextlib
 import os
+import re
 import signal
+import socket
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
-from conftest import domains, json_of, kill, processes, run, until
+from conftest import MIB, domains, json_of, kill, processes, run, until
 
 VERIFY = ("bin/verify-stream-v2", "-f", "xl", "-i")
 
@@ -340,6 +342,110 @@ def test_image_and_act_log_on_one_full_disk(vm):
         run("umount", "-l", str(logs))
 
 
+def unpacked(file):
+    """What the program zstd makes of an image, beside it."""
+    plain = file.with_suffix(".plain")
+    done = run("zstd", "-d", "-q", "-f", str(file), "-o", str(plain))
+    assert done.returncode == 0, done.stderr
+    return plain
+
+
+def test_a_compressed_image(vm, folder):
+    """It is small, the guest comes back from it, and what zstd makes of it is an image for xl."""
+    file = folder / "guest.img"
+    guest = vm(**{"image-compression": "zstd"})
+    guest.start()
+    guest.up()
+    guest.shell("echo kept-in-memory >/tmp-note")
+    before = len(guest.ticks())
+    told = suspend(guest, file)
+    assert told["image_compression"] == "zstd"
+    assert told["image_bytes"] == file.stat().st_size <= 0.35 * 128 * MIB
+    plain = unpacked(file)
+    assert plain.stat().st_size > 128 * MIB
+    verify(plain)
+    plain.unlink()
+    assert only(folder) == ["guest.img"]
+    guest.cmd("restore", str(file))
+    goes_on(guest, before)
+    assert "kept-in-memory" in guest.shell("cat /tmp-note").splitlines()
+    before = len(guest.ticks())
+    note = guest.cmd("checkpoint", str(file)).stderr
+    assert "xl cannot read it" in note
+    goes_on(guest, before)
+    guest.write(**{"image-compression": "none"})  # of a restore, the image decides
+    guest.cmd("destroy")
+    guest.cmd("read-config")
+    good = file.read_bytes()
+    file.write_bytes(good[: len(good) // 2])
+    assert "cut off" in guest.cmd("restore", str(file), "delete=true", code=1).stderr
+    file.write_bytes(good[:3000000] + bytes(4) + good[3000004:])
+    assert "damaged" in guest.cmd("restore", str(file), code=1).stderr
+    file.write_bytes(good)
+    guest.cmd("restore", str(file), "delete=true")
+    until(lambda: len(guest.ticks()) > before, "the guest ticks on from its checkpoint")
+    assert only(folder) == []
+    assert "image_compression" not in suspend(guest, file)
+
+
+@pytest.mark.long
+def test_a_packer_that_is_killed_or_has_no_room(vm, folder, tmp_path):
+    """The guest runs on, no file is left, and the reply says why."""
+    guest = vm(**{"image-compression": "zstd"})
+    guest.start()
+    guest.up()
+    file, older = folder / "guest.img", "an older image"
+    file.write_text(older)
+    cap(guest, 1)
+    saving = guest.begin_cmd("suspend", str(file))
+    builder = asked(guest, saving)
+    cap(guest, 0)
+    kill(helper("stream"))
+    kill(builder, signal.SIGCONT)
+    text = saving.communicate(timeout=120)[0]
+    assert saving.returncode == 1
+    assert "the stream worker died of SIGKILL; the guest runs on" in text
+    assert (only(folder), file.read_text()) == (["guest.img"], older)
+    runs_on(guest, 4)
+    place = tmp_path / "small"
+    for turn, size in enumerate((16, 60), 1):
+        with small_disk(place, size * MIB) as resize:
+            cap(guest, 1 if turn == 2 else 0)
+            saving = guest.begin_cmd("checkpoint", str(place / "guest.img"))
+            if turn == 2:
+                builder = asked(guest, saving)
+                resize(8 * MIB)
+                cap(guest, 0)
+                kill(builder, signal.SIGCONT)
+            text = saving.communicate(timeout=120)[0]
+            assert saving.returncode == 1
+            assert ("No space left" if turn == 2 else "are free") in text
+            assert only(place) == []
+            runs_on(guest, 4 + 2 * turn)
+
+
+@pytest.mark.long
+def test_xl_restores_what_zstd_has_unpacked(vm, folder):
+    file = folder / "guest.img"
+    guest = vm(**{"image-compression": "zstd"})
+    guest.start()
+    guest.up()
+    before = len(guest.ticks())
+    suspend(guest, file)
+    assert run("xl", "restore", str(file)).returncode != 0
+    done = run("xl", "restore", str(unpacked(file)))
+    assert done.returncode == 0, done.stderr
+    goes_on(guest, before)
+    before = len(guest.ticks())
+    theirs = folder / "theirs.img"
+    assert run("xl", "save", guest.name, str(theirs)).returncode == 0
+    until(lambda: guest.uuid not in domains(), "xl has ended the domain")
+    assert run("zstd", "-q", "-1", "--rm", str(theirs), "-o", str(theirs) + ".zst").returncode == 0
+    guest.cmd("restore", str(theirs) + ".zst")
+    goes_on(guest, before)
+    run("xenstore-rm", "/libxl")  # an empty directory that xl leaves
+
+
 @pytest.mark.long
 def test_xl_reads_ours_and_we_read_what_xl_wrote(vm, folder):
     ours, theirs = folder / "ours.img", folder / "theirs.img"
@@ -402,38 +508,67 @@ def test_the_start_of_a_monitor_restores(vm, folder):
     assert guest.left() == []
 
 
+@contextlib.contextmanager
+def small_disk(place, size_bytes):
+    """A file system of such a size. Give what lets it grow."""
+    place.mkdir(exist_ok=True)
+
+    def sized(size_bytes, *words):
+        done = run(
+            "mount", *words, "-t", "tmpfs", "-o", f"{'remount,' * bool(words)}size={size_bytes}", "none", str(place)
+        )
+        assert done.returncode == 0, done.stderr
+
+    sized(size_bytes)
+    try:
+        yield lambda size_bytes: sized(size_bytes, "-o", "remount")
+    finally:
+        run("umount", str(place))
+
+
+def asked(guest, saving):
+    """Wait until the builder waits for the guest to suspend, and stop it there; return its pid."""
+    until(lambda: step(guest) == "waiting for the guest to suspend", "the guest is asked to suspend")
+    pid = helper("builder")
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(0.5)  # for what it has said before
+    assert step(guest) == "waiting for the guest to suspend"
+    assert saving.poll() is None
+    return pid
+
+
 @pytest.mark.long
 def test_no_space(vm, tmp_path):
-    """A file system that is too small, or fills up meanwhile: the guest runs on, the older image stays."""
+    """No room at all; or there is when the save begins, and others take it: the guest runs on, the older image stays."""
+    place = tmp_path / "small"
+    file = place / "guest.img"
     guest = vm()
     guest.start()
     guest.up()
-    place = tmp_path / "small"
-    place.mkdir()
-    for size_mib, room in ((16, False), (150, True)):
-        assert run("mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "none", str(place)).returncode == 0
-        try:
-            file = place / "guest.img"
+    image_bytes = 128 * MIB
+    for turn, percent in enumerate((0, 1, 50, 99), 1):
+        before = len(guest.ticks())
+        with small_disk(place, 16 * MIB if not percent else 200 * MIB) as resize:
             file.write_text("an older image")
-            before, jobs = len(guest.ticks()), acts(guest).count('"op":"save"')
-            saving = subprocess.Popen(
-                ["xenvm-cmd", guest.uuid, "suspend", str(file)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            if room:
-                until(lambda seen=jobs: acts(guest).count('"op":"save"') > seen, "a save has begun")
-                run("dd", "if=/dev/zero", f"of={place}/other", "bs=1M", "count=100")
+            cap(guest, 1 if percent else 0)  # so that it takes its time to suspend
+            saving = guest.begin_cmd("suspend", str(file))
+            if percent:
+                builder = asked(guest, saving)
+                cap(guest, 0)
+                resize(image_bytes * percent // 100)
+                kill(builder, signal.SIGCONT)
             text = saving.communicate(timeout=300)[0]
             assert saving.returncode == 1, text
-            assert "are free" in text or (room and "No space left" in text)
+            assert ("No space left" if percent else "are free") in text
+            assert "make room" in text
             assert file.read_text() == "an older image"
-            assert "guest.img" in only(place)
-            assert len(only(place)) == 1 + room
-            goes_on(guest, before)
-        finally:
-            run("umount", str(place))
+            assert only(place) == ["guest.img"]
+            goes_on(guest, before, stops=2 * turn)
+            guest.until("running")
+            file.unlink()
+            room = os.statvfs(place)
+            assert room.f_bfree == room.f_blocks, "the space of the part is free again"
+    guest.shell("echo and its console answers")
 
 
 def test_two_saves_at_once_and_cancel(vm, folder):
@@ -484,23 +619,118 @@ def test_bad_images_leave_nothing(vm, folder):
     goes_on(guest, before)
 
 
-@pytest.mark.long
-def test_round_after_round(vm, image, bridge, folder):
-    """Suspend and restore under load, again and again: not a tick is lost, the disk is whole.
+class Caller:
+    """A process in the guest that says numbers over one TCP connection, ten a second, and who hears them here."""
 
-    XENVM_TEST_ROUNDS says how often, five times by default.
-    """
-    file = folder / "guest.img"
+    def __init__(self, guest):
+        self._listener = socket.create_server(("10.77.0.1", 0))
+        self._listener.settimeout(120)
+        port = self._listener.getsockname()[1]
+        counts = "n=0; while true; do n=$((n+1)); echo $n; usleep 100000; done"
+        guest.shell(f"({counts}) | nc 10.77.0.1 {port} & true")
+        self._connection, _ = self._listener.accept()
+        self._connection.setblocking(False)
+        self._text = b""
+
+    def heard(self):
+        """How far it has counted; not a number may be missing."""
+        with contextlib.suppress(BlockingIOError):
+            while more := self._connection.recv(65536):
+                self._text += more
+            raise AssertionError("the connection has ended")
+        numbers = [int(line) for line in self._text.split(b"\n")[:-1]]
+        assert numbers == list(range(1, len(numbers) + 1))
+        return len(numbers)
+
+    def goes_on(self):
+        before = self.heard()
+        until(lambda: self.heard() > before + 5, "the connection goes on")
+
+    def close(self):
+        self._connection.close()
+        self._listener.close()
+
+
+def words(form, text):
+    """What of such a form the guest has said; its kernel may have said something in between."""
+    (found,) = re.findall(form, text)
+    return found
+
+
+@pytest.fixture
+def busy(vm, image, bridge):
+    """A guest with a disk that is read without end, and with a connection; give it, the caller, and a check of both."""
     guest = vm(disk=f"{image('disk')}:file:xvda:w:disk", nic=f"bridge={bridge}")
     guest.start()
     guest.up()
+    guest.shell("ip addr add 10.77.0.2/24 dev eth0 && ip link set eth0 up && ping -c 1 -w 20 10.77.0.1")
+    guest.shell("dd if=/dev/urandom of=/dev/xvda bs=64k count=32 conv=fsync 2>/dev/null")
+    summed = "dd if=/dev/xvda bs=64k count=32 iflag=direct 2>/dev/null | md5sum"
+    was = words(r"[0-9a-f]{32}", guest.shell(summed))
     guest.shell("(while dd if=/dev/xvda of=/dev/null bs=64k iflag=direct 2>/dev/null; do true; done) & true")
-    for turn in range(int(os.environ.get("XENVM_TEST_ROUNDS", "5"))):
+    caller = Caller(guest)
+
+    def sound():
+        """Its disk is as it was, its connection goes on, its clock is right."""
+        assert words(r"[0-9a-f]{32}", guest.shell(summed)) == was
+        caller.goes_on()
+        assert abs(int(words(r"\b\d{10}\b", guest.shell("date +%s"))) - time.time()) < 10
+
+    yield guest, caller, sound
+    caller.close()
+
+
+@pytest.mark.long
+def test_round_after_round(busy, folder):
+    """Suspend and restore under load, again and again: not a tick is lost, disk, connection and clock are as they were.
+
+    Each fifth time the monitor ends too, and the next one begins with the restore. XENVM_TEST_ROUNDS says how often.
+    """
+    file = folder / "guest.img"
+    guest, _, sound = busy
+    for turn in range(1, 1 + int(os.environ.get("XENVM_TEST_ROUNDS", "20"))):
         before = len(guest.ticks())
-        if turn % 2:
-            guest.cmd("checkpoint", str(file))
-        else:
-            suspend(guest, file)
+        suspend(guest, file)
+        assert guest.uuid not in domains()
+        if turn % 5:
             guest.cmd("restore", str(file), "delete=true")
+        else:
+            verify(file)
+            guest.cmd("quit")
+            until(lambda: not processes(), "the monitor has ended")
+            guest.write(startup=f"restore-del {file}")
+            guest.start()
+        assert only(folder) == []
         goes_on(guest, before, stops=2 * turn + 2)
+        sound()
     until(lambda: "connected" in guest.cmd("disk-list").stdout, "the disk is connected")
+
+
+@pytest.mark.long
+def test_checkpoint_under_load(busy, folder):
+    """Ten times: the guest stands still for less than it is asked to, and goes on; each image comes back."""
+    guest, _, sound = busy
+    kept = []
+    for turn in range(1, 11):
+        file = folder / f"guest{turn}.img"
+        before, steps = len(guest.ticks()), []
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+        with guest.connect() as monitor:
+            monitor.handed = descriptor
+            monitor.watch(
+                "checkpoint", lambda event, told=steps: told.append((time.monotonic(), event)), file=str(file)
+            )
+        kept.append((file, before))
+        goes_on(guest, before, stops=2 * turn + 2)
+        sound()
+        print(f"checkpoint {turn}:", [(round(at - steps[0][0], 2), event.get("step")) for at, event in steps])
+    for file, _ in kept:
+        verify(file)
+    for file, before in kept:
+        guest.cmd("destroy")
+        seen = len(guest.ticks())
+        guest.cmd("restore", str(file), "delete=true")
+        until(lambda seen=seen: len(guest.ticks()) > seen + 2, "the guest ticks on")
+        first = guest.ticks()[seen]
+        assert before <= first <= before + 200, "it goes on from its checkpoint"
+        assert guest.boots() == 1

@@ -11,7 +11,7 @@ import pytest
 from broker_bench import FAULT, RUNNING
 from children import FakeChild
 
-from xenvm.boundary.images import Image, Inspect, Restore, Save
+from xenvm.boundary.images import Image, Inspect, Pack, Packed, Packing, Restore, Save
 from xenvm.boundary.messages import NO_DOMAIN, DomainState, Done, Failed, Init, Op, Progress
 from xenvm.boundary.privileges import Role
 from xenvm.broker import core, images, work
@@ -119,6 +119,78 @@ def test_a_save_that_takes_too_long(bench, file, monkeypatch):
     assert bench.job()[0].op is Op.RESUME
     bench.answer(Done(0, RUNNING, ""))
     assert "save: no answer within" in bench.refused(ExitCode.TIMED_OUT)
+
+
+def packed_save(bench, file):
+    """A save whose image is to be compressed; return the worker, the builder's end of the pipe, and the worker's."""
+    bench.broker._grants = bench.grants.but(image_compression="zstd")
+    bench.known(RUNNING)
+    bench.send(Save(5, False, 30), [file.fileno()])
+    (worker,) = workers(Role.STREAM)
+    message, (image, exit_end) = worker.there.receive(deadline_s=5)
+    assert message == Pack(65536)
+    assert os.path.sameopenfile(image, file.fileno())
+    os.close(image)
+    _, (entrance,) = bench.builder.there.receive(deadline_s=5)
+    return worker, entrance, exit_end
+
+
+def test_a_save_that_is_compressed_has_a_builder_with_a_pipe_and_a_worker_with_the_image(bench, file):
+    worker, entrance, exit_end = packed_save(bench, file)
+    os.write(entrance, b"memory")
+    os.close(entrance)
+    assert os.read(exit_end, 100) == b"memory"
+    assert os.read(exit_end, 100) == b""  # nobody else holds the other end
+    os.close(exit_end)
+    for said in (Packing(), Packed(6)):
+        worker.there.send(said)
+        bench.turn()
+        assert bench.builder.there.receive(deadline_s=5)[0] == said
+    worker.die()
+    bench.turn()
+    bench.answer(Done(0, SUSPENDED, "6 zstd"))
+    assert bench.heard() == Done(5, SUSPENDED, "6 zstd")
+
+
+@pytest.mark.parametrize("when", [0, 1])
+def test_a_packer_that_dies_is_said_to_the_builder_and_to_the_user(bench, file, when):
+    worker, *ends = packed_save(bench, file)
+    for descriptor in ends:
+        os.close(descriptor)
+    if when:
+        worker.there.send(Packing())
+        bench.turn()
+        assert bench.builder.there.receive(deadline_s=5)[0] == Packing()
+    worker.die()
+    bench.turn()
+    told = bench.builder.there.receive(deadline_s=5)[0].fault.message
+    assert told == "the image was not compressed: the stream worker ended with status 0; the guest runs on"
+    bench.answer(Failed(0, FAULT.but(message="writing the image: Broken pipe"), NO_DOMAIN))
+    assert bench.refused() == told
+
+
+def test_the_words_of_the_packer_count_though_the_builder_sees_the_end_of_the_pipe_first(bench, file):
+    worker, *ends = packed_save(bench, file)
+    for descriptor in ends:
+        os.close(descriptor)
+    worker.there.send(Packing())
+    bench.turn()
+    worker.there.send(Failed(0, FAULT.but(message="writing the image: No space left"), NO_DOMAIN))
+    worker.die()
+    bench.answer(Failed(0, FAULT.but(message="writing the image: Broken pipe"), NO_DOMAIN))
+    assert bench.refused() == "writing the image: No space left"
+
+
+@pytest.mark.parametrize("first", [Packed(6), IMAGE])
+def test_a_packer_that_answers_something_else_fails_the_save_and_not_the_broker(bench, file, first):
+    worker, *ends = packed_save(bench, file)
+    for descriptor in ends:
+        os.close(descriptor)
+    worker.there.send(first)
+    bench.turn()
+    assert "not asked for" in bench.builder.there.receive(deadline_s=5)[0].fault.message
+    bench.answer(Failed(0, FAULT, NO_DOMAIN))
+    assert "not asked for" in bench.refused()
 
 
 def test_cancel_ends_a_save(bench, file):
@@ -293,7 +365,7 @@ def test_a_restore_has_a_builder_with_a_pipe_and_a_worker_with_the_image(bench, 
     assert job.op is op
     (worker,) = workers(Role.STREAM)
     message, (image, entrance) = worker.there.receive(deadline_s=5)
-    assert message == Inspect()
+    assert message == Inspect(65536)
     assert os.path.sameopenfile(image, file.fileno())
     os.write(entrance, b"stream")
     assert os.read(pipe, 100) == b"stream"

@@ -13,6 +13,7 @@ from xenvm.model import (
     Action,
     AffinitySpec,
     BiosString,
+    Compression,
     CpuidSpec,
     CryptSpec,
     DiskSpec,
@@ -121,6 +122,8 @@ GOOD = [
     ("shutdown-timeout", "86400", 86400),
     ("device-timeout", "1", 1),
     ("device-timeout", "86400", 86400),
+    ("image-compression", "none", Compression.NONE),
+    ("image-compression", "zstd", Compression.ZSTD),
     ("debug", "Yes", True),
     ("output", "/var/log/vm.log", "/var/log/vm.log"),
     ("no_mem_check", "1", True),
@@ -235,6 +238,8 @@ BAD = [
     ("device-timeout", "0", "out of range"),
     ("device-timeout", "86401", "out of range"),
     ("device-timeout", "40s", "not a whole number"),
+    ("image-compression", "gzip", "is not one of"),
+    ("image-compression", "", "is not one of"),
     ("debug", "on", "neither true nor false"),
     ("debug", "", "neither true nor false"),
     ("output", "log", "not absolute"),
@@ -401,7 +406,10 @@ def test_file_of_restore():
 
 def test_keys_are_those_published_and_those_kept():
     assert {key.name for key in KEYS if key.published} == set(PUBLISHED)
-    assert {key.name for key in KEYS if not key.published} == {*KEPT, "shutdown-timeout", "device-timeout"}
+    assert {key.name for key in KEYS if not key.published} == {
+        *KEPT,
+        *("shutdown-timeout", "device-timeout", "image-compression"),
+    }
 
 
 def test_each_field_has_one_key():

@@ -87,7 +87,7 @@ OWN = {
     "xenvm.helpers.image": {Role.IMAGE},
     "xenvm.helpers.storage": {Role.STORAGE},
     "xenvm.helpers.unpacker": {Role.UNPACKER},
-    "xenvm._unpack": {Role.UNPACKER},
+    "xenvm._unpack": {Role.UNPACKER, Role.STREAM},
     "lzma": {Role.UNPACKER},
     "zlib": {Role.UNPACKER, Role.BUILDER, Role.STREAM},
     "xenvm.helpers.stream": {Role.STREAM},

@@ -90,6 +90,7 @@ def test_which_messages_pass_descriptors():
         "Save": 1,
         "Restore": 1,
         "Inspect": 2,
+        "Pack": 2,
     }
 
 

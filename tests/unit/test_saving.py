@@ -2,6 +2,7 @@
 """Saving and restoring in the builder, against a hypervisor and a xenstore of this test."""
 
 import json
+import os
 import tempfile
 
 import pytest
@@ -9,8 +10,8 @@ import pytest
 from xenvm.boundary.images import Image
 from xenvm.boundary.messages import Domain, DomainState, Grants, Job, Op, Phase
 from xenvm.errors import ExitCode, WrongStateError, XenvmError
-from xenvm.helpers import saved
-from xenvm.helpers.builder import image, saving, tree
+from xenvm.helpers import imagefile, saved
+from xenvm.helpers.builder import saving, tree
 from xenvm.helpers.builder.jobs import Builder
 from xenvm.helpers.builder.saving import Saving
 
@@ -43,10 +44,10 @@ class Xen:
 
     def save_pv(self, _domid, descriptor, grants, suspend, frames):
         head = saved.head(grants)
-        image.write(descriptor, head.content)
+        imagefile.write(descriptor, head.content)
         suspend()
         frames(1, 1)
-        image.write(descriptor, bytes(8192) + saved.TAIL)
+        imagefile.write(descriptor, bytes(8192) + saved.TAIL)
         return head
 
     def punch(self, *_):
@@ -100,7 +101,7 @@ def job(op=Op.SAVE, grants=GRANTS, **changes):
 
 def save(xen, store, grants=GRANTS):
     with tempfile.TemporaryFile() as file:
-        Saving(xen, store, job(grants=grants), lambda *_: None).run(file.fileno(), RUNNING, go_on=False)
+        Saving(xen, store, job(grants=grants), lambda *_: None, None).run(file.fileno(), RUNNING, go_on=False)
         file.seek(0)
         content = file.read()
     return json.loads(content[52 : content.index(b"\0", 52)])["b_info"]
@@ -109,6 +110,45 @@ def save(xen, store, grants=GRANTS):
 def test_the_image_tells_of_the_domain_and_not_of_a_config_that_is_newer(xen, store):
     told = save(xen, store, GRANTS.but(memory_mib=512, memory_max_mib=512, vcpus=4))
     assert (told["max_memkb"], told["target_memkb"], told["max_vcpus"]) == (262144, 131072, 2)
+
+
+class Packer:
+    """The broker, which says what the process at the other end of the pipe does."""
+
+    def __init__(self, failure=None):
+        self.calls, self.failure = [], failure
+
+    def packing(self):
+        self.calls.append("packing")
+
+    def packed(self):
+        self.calls.append("packed")
+        if self.failure:
+            raise self.failure
+        return 4711
+
+
+@pytest.mark.parametrize("go_on", [False, True])
+def test_an_image_that_is_compressed_goes_into_a_pipe_whose_end_the_packer_sees(xen, store, go_on):
+    readable, writable = os.pipe()
+    packer = Packer()
+    saving = Saving(xen, store, job(grants=GRANTS.but(image_compression="zstd")), lambda *_: None, packer)
+    assert saving.run(writable, RUNNING, go_on=go_on) == "4711 zstd"
+    with os.fdopen(readable, "rb") as pipe:
+        assert pipe.read().endswith(bytes(8192) + saved.TAIL)
+    assert packer.calls == ["packing", "packed"]
+    assert xen.resumed == go_on
+
+
+def test_a_packer_that_fails_at_the_end_has_the_guest_run_on(xen, store):
+    readable, writable = os.pipe()
+    packer = Packer(XenvmError("no"))
+    with pytest.raises(XenvmError, match="no"):
+        Saving(xen, store, job(grants=GRANTS.but(image_compression="zstd")), lambda *_: None, packer).run(
+            writable, RUNNING, go_on=False
+        )
+    os.close(readable)
+    assert (xen.resumed, xen.domain) == (1, RUNNING)
 
 
 def test_vcpus_that_are_offline_count(xen, store):
@@ -136,7 +176,7 @@ def test_a_domain_of_unknown_size_is_not_asked_to_suspend(xen, store):
 )
 def test_a_resume_tells_xenstored_of_a_guest_that_runs(xen, store, domain, woken, told):
     xen.domain = domain
-    Saving(xen, store, job(Op.RESUME), lambda *_: None).resume()
+    Saving(xen, store, job(Op.RESUME), lambda *_: None, None).resume()
     assert (xen.resumed, store.resumed) == (woken, told)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from xenvm import forms
 from xenvm.boundary.checks import INT32_MAX, Message, flag, number, string
+from xenvm.errors import WrongStateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -12,6 +13,14 @@ if TYPE_CHECKING:
 
 _SEQUENCE = number(0, INT32_MAX)
 _SECONDS = number(1, 86400)
+
+
+def other_memory(told_kib: int, wanted_kib: int) -> WrongStateError:
+    """Return what to say of an image whose guest has another size than this VM."""
+    return WrongStateError(
+        f"the image is of a guest with {told_kib >> 10} MiB of memory, this VM has {wanted_kib >> 10} MiB",
+        hint="memory and memory_max of the config file must be what they were when the image was written",
+    )
 
 
 def is_uuid_or_none(text: str) -> bool:
@@ -49,11 +58,15 @@ class Restore(Message):
 
 
 class Inspect(Message):
-    """Broker to stream: check this image whole, say what it is, then feed a builder. Descriptors: the image, a pipe."""
+    """Broker to stream: check this image whole, say what it is, then feed a builder. Descriptors: the image, a pipe.
 
+    A compressed one is unpacked no further than a guest of this VM's size can have made it.
+    """
+
+    memory_max_kib: int
     KIND: ClassVar = 33
     DESCRIPTORS: ClassVar = 2
-    CHECKS: ClassVar = {}
+    CHECKS: ClassVar = {"memory_max_kib": number(1, 2**42)}
 
 
 class Image(Message):
@@ -75,3 +88,30 @@ class Image(Message):
         "xen_minor": number(0, 2**16 - 1),
         "uuid": string(36, is_uuid_or_none),
     }
+
+
+class Pack(Message):
+    """Broker to stream: write what comes through a pipe into an image, compressed. Descriptors: the image, the pipe.
+
+    It answers Packing when it can begin, and Packed at the end of the pipe.
+    """
+
+    memory_max_kib: int
+    KIND: ClassVar = 35
+    DESCRIPTORS: ClassVar = 2
+    CHECKS: ClassVar = {"memory_max_kib": number(1, 2**42)}
+
+
+class Packing(Message):
+    """Stream to broker, and on to the builder: there is room, and what comes through the pipe will be compressed."""
+
+    KIND: ClassVar = 36
+    CHECKS: ClassVar = {}
+
+
+class Packed(Message):
+    """Stream to broker, and on to the builder: the image is on the disk, and has so many bytes."""
+
+    length: int
+    KIND: ClassVar = 37
+    CHECKS: ClassVar = {"length": number(1, 2**62)}

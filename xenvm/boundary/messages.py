@@ -36,7 +36,7 @@ from xenvm.boundary.devices import (
     Vif,
     is_bridge,
 )
-from xenvm.boundary.images import Image, Inspect, Restore, Save
+from xenvm.boundary.images import Image, Inspect, Pack, Packed, Packing, Restore, Save
 from xenvm.boundary.workers import (
     Connect,
     Decrypt,
@@ -225,6 +225,7 @@ class Grants(Checked):
     nics: tuple[NicGrant, ...]
     device_timeout_s: int
     image: str = ""
+    image_compression: str = "none"
     CHECKS: ClassVar = {
         "uuid": _UUID_TEXT,
         "name": _NAME_TEXT,
@@ -243,6 +244,7 @@ class Grants(Checked):
         "nics": NIC_GRANTS,
         "device_timeout_s": _SECONDS,
         "image": _PATH_TEXT,
+        "image_compression": string(8, forms.one_of("none", "zstd")),
     }
 
 
@@ -581,7 +583,7 @@ KINDS: Final[Mapping[int, type[Message]]] = {
         *(Hello, Init, Ask, Done, Failed, Progress, Job, Watch, Parsed, Outcome),
         *(Plug, Unplug, Rebridge, Created, Ready, Join, Serve, Served, Connect, Decrypt, Release),
         *(Unpack, Unpacked, Sum, Summed),
-        *(Save, Restore, Inspect, Image),
+        *(Save, Restore, Inspect, Image, Pack, Packing, Packed),
     )
 }
 

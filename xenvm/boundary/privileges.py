@@ -427,16 +427,17 @@ _ROWS: Final = (
         user="xenvm-stream",
         capabilities=frozenset(),
         no_new_privs=True,
-        # splice moves the pages of a checked record from the image to the builder.
-        syscalls=_PARSER_SYSCALLS | {"preadv2", "splice"},
+        # splice moves the pages of a checked record from the image to the builder. The rest is for an image that it
+        # compresses: is there room, the seal, is it on the disk.
+        syscalls=_PARSER_SYSCALLS | {"preadv2", "splice", "fstatfs", "pwrite64", "fsync"},
         landlock=Landlock.NOTHING,
         # 3 the broker; the image and the pipe to the builder come with the request
         descriptors=_frozen({3: SOCKET}),
         extra_descriptors=frozenset({FILE, PIPE}),
         # An image that needs more than this to be understood is an attack: 256 MiB of addresses.
-        limits=_limits(NPROC=0, FSIZE=LOG_SIZE_LIMIT, NOFILE=32, AS=256 << 20),
+        limits=_limits(NPROC=0, NOFILE=32, AS=256 << 20),
         lifetime=ONE_REQUEST,
-        requests=("inspect",),
+        requests=("inspect", "pack"),
     ),
 )
 

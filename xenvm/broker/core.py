@@ -13,7 +13,6 @@ import os
 import select
 import time
 
-from xenvm.boundary.images import Image
 from xenvm.boundary.messages import (
     NO_DOMAIN,
     Ask,
@@ -287,7 +286,7 @@ class Broker:
         elif work and work.plugging and child in work.plugging.children:
             handed, descriptors[:] = [*descriptors], []
             self._plugged(work, lambda plugging: plugging.take(child, message, handed))
-        elif work and work.feed and child is work.feed.child and isinstance(message, Image | Failed):
+        elif work and work.feed and child is work.feed.child and isinstance(message, images.ANSWERS):
             self._to_builder(work, work.feed.take(message))
         else:
             self._acts.append("protocol", role=child.role.value, pid=child.pid, why="message out of place")

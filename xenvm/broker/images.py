@@ -6,8 +6,9 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+from abc import ABC, abstractmethod
 
-from xenvm.boundary.images import Image, Inspect
+from xenvm.boundary.images import Image, Inspect, Pack, Packed, Packing
 from xenvm.boundary.messages import NO_DOMAIN, Done, Failed, Fault, Op
 from xenvm.boundary.privileges import Role
 from xenvm.broker.children import Child
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from xenvm.broker.actlog import ActLog
 
 STARTS: Final = frozenset({Op.FIND, Op.START, Op.START_PAUSED, Op.START_RESTORED})  # these tell of a domain's image
+OUT_OF_PLACE: Final = "the stream worker has answered something that was not asked for"
 PIPE_BYTES: Final = 1 << 20  # fs.pipe-max-size of Linux; the usual 64 KiB cost a switch of processes for each fill
 
 
@@ -91,45 +93,50 @@ def restored(policy: Policy, grants: Grants, op: Op, answer: Message | None, act
     acts.append("image-removed", file=path, why=why)
 
 
-class Feed:
-    """The process that checks an image and feeds it to a builder. `pipe` is the builder's end."""
+class Stream(ABC):
+    """Base of a process of the role stream, which is at one end of a pipe. `pipe` is the builder's end."""
 
-    def __init__(self, uuid: str, log: int, image: int) -> None:
-        self.pipe, entrance = os.pipe2(os.O_CLOEXEC)
+    def __init__(self, uuid: str, log: int, image: int, request: Message, *, fed: bool) -> None:
+        """Start it; the builder is `fed` through the pipe, or writes into it."""
+        ends = os.pipe2(os.O_CLOEXEC)
+        self.pipe, theirs = ends if fed else ends[::-1]
         try:
             with suppress(OSError):  # smaller where the host allows no more
-                fcntl.fcntl(entrance, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+                fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
             self.child = Child(Role.STREAM, log, {}, uuid)
             with suppress(ProtocolError):  # it has ended already: what it said of that comes next
-                self.child.channel.send(Inspect(), (image, entrance))
+                self.child.channel.send(request, (image, theirs))
         except BaseException:
             os.close(self.pipe)
             raise
         finally:
-            os.close(entrance)
-        self.told = False
+            os.close(theirs)
         self.failure: Failed | None = None
 
+    @abstractmethod
     def take(self, message: Message) -> Message | None:
         """Learn what it says; return what the builder is to hear of that, if anything."""
-        if isinstance(message, Failed):
-            self.failure = message.but(domain=NO_DOMAIN)
-        elif not isinstance(message, Image) or self.told:
-            raise ProtocolError("a stream worker says once what an image is")
-        told, self.told = self.told, True
-        return None if told else self.failure or message
 
+    @abstractmethod
     def gone(self) -> Message | None:
         """Learn that it has ended; return what the builder is to hear of that."""
-        self.child.end()
-        if self.told:
-            return None
-        self.told = True
-        why = f"the image was not checked: the stream worker {self.child.how()} without an answer"
-        return Failed(0, Fault(int(ExitCode.FAILED), why, ""), NO_DOMAIN)
+
+    def _failed(self, message: str, hint: str = "") -> Failed:
+        self.failure = Failed(0, Fault(int(ExitCode.FAILED), message, hint), NO_DOMAIN)
+        return self.failure
+
+    def _said(self, message: Message) -> Failed | None:
+        """Learn of a failure that it tells of."""
+        if isinstance(message, Failed) and not self.failure:
+            self.failure = message.but(domain=NO_DOMAIN)
+        return self.failure
 
     def close(self) -> None:
-        """End it. Works twice."""
+        """End it, and keep why it has failed: the builder may have seen that first. Works twice."""
+        if self.child.pidfd >= 0:
+            with suppress(BlockingIOError, ProtocolError):
+                while received := self.child.channel.receive_now():
+                    self._said(received[0])
         self.child.end()
         self.close_pipe()
 
@@ -138,3 +145,55 @@ class Feed:
         if self.pipe >= 0:
             os.close(self.pipe)
             self.pipe = -1
+
+
+class Feed(Stream):
+    """The process that checks an image and feeds it to a builder."""
+
+    def __init__(self, uuid: str, log: int, image: int, memory_max_kib: int) -> None:
+        super().__init__(uuid, log, image, Inspect(memory_max_kib), fed=True)
+        self.told = False
+
+    def take(self, message: Message) -> Message | None:
+        """Learn what the image is, or what is wrong with it, which is said once."""
+        answer: Message | None = self._said(message)
+        if not answer:
+            answer = message if isinstance(message, Image) and not self.told else self._failed(OUT_OF_PLACE)
+        told, self.told = self.told, True
+        return None if told else answer
+
+    def gone(self) -> Message | None:
+        """Learn that it has ended; the builder hears of it if it waits for the answer."""
+        self.child.end()
+        if self.told:
+            return None
+        self.told = True
+        return self._failed(f"the image was not checked: the stream worker {self.child.how()} without an answer")
+
+
+class Sink(Stream):
+    """The process that compresses what a builder writes, into an image."""
+
+    def __init__(self, uuid: str, log: int, image: int, memory_max_kib: int) -> None:
+        super().__init__(uuid, log, image, Pack(memory_max_kib), fed=False)
+        self._next: type[Message] | None = Packing
+
+    def take(self, message: Message) -> Message | None:
+        """Learn that it can begin, that the image is whole, or why not."""
+        answer = self._said(message)
+        if answer:
+            return answer
+        if self._next is None or not isinstance(message, self._next):
+            return self._failed(OUT_OF_PLACE)
+        self._next = Packed if self._next is Packing else None
+        return message
+
+    def gone(self) -> Message | None:
+        """Learn that it has ended, which it may when the image is whole."""
+        self.child.end()
+        if self._next is None or self.failure:
+            return None
+        return self._failed(f"the image was not compressed: the stream worker {self.child.how()}; the guest runs on")
+
+
+ANSWERS: Final = (Image, Packing, Packed, Failed)

@@ -10,7 +10,7 @@ from xenvm.boundary.devices import Kind
 from xenvm.boundary.messages import Done, Failed, Fault, Job, Op
 from xenvm.boundary.privileges import Role
 from xenvm.broker.children import Child
-from xenvm.broker.images import Feed, identity
+from xenvm.broker.images import Feed, Sink, identity
 from xenvm.broker.kernels import Kernel
 from xenvm.broker.phases import PERMITS, RESTORING, SAVING
 from xenvm.broker.plugging import Plugging, Wanted
@@ -75,7 +75,7 @@ class Work:
         self.result: Message | None = None
         self.change = change
         self.plugging: Plugging | None = None
-        self.feed: Feed | None = None
+        self.feed: Feed | Sink | None = None
         self.created = self.cancelled = False
         self.answer: Message | None = None
         """What to tell at the end instead of how it went: this only tidies up behind something that failed."""
@@ -100,7 +100,9 @@ class Work:
                 self.plugging = Plugging(grants.uuid, log, wanted, self.change.timeout_s, network)
             if self.op in RESTORING and self.change.image >= 0:
                 self.held[:] = [self.change.image] if self.op is Op.START_RESTORED else []  # else it is the request's
-                self.feed = Feed(grants.uuid, log, self.change.image)
+                self.feed = Feed(grants.uuid, log, self.change.image, grants.memory_max_mib << 10)
+            if self.op in SAVING and grants.image_compression != "none":
+                self.feed = Sink(grants.uuid, log, self.change.image, grants.memory_max_mib << 10)
             self.job = self.change.job(self.op, domid, grants, self.plugging)
             self.hand_over()
         except (XenvmError, OSError) as error:

@@ -167,7 +167,15 @@ def save(monitor: Monitor, command: str, given: Mapping[str, str]) -> Reply:
         if command == "suspend":
             reply = _commit(monitor, place)
         place.confirm()
+        _tell_form(reply, place.path)
         return reply
+
+
+def _tell_form(reply: Reply, path: str) -> None:
+    """Say of a compressed image who can read it."""
+    form = reply.data.get("image_compression") if isinstance(reply.data, dict) else None
+    if form == "zstd":
+        render.note(f"{path} is compressed: xl cannot read it; `zstd -d` makes of it an image that xl can")
 
 
 def _commit(monitor: Monitor, place: Target) -> Reply:

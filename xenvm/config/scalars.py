@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 
 from xenvm.config.issue import ValueRefusedError, quoted, suggestion
-from xenvm.model import Action, StartupKind, Uuid, parse_uuid
+from xenvm.model import Action, Compression, StartupKind, Uuid, parse_uuid
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -88,6 +88,11 @@ def choice(text: str, choices: dict[str, StrChoice]) -> StrChoice:
 def action(text: str) -> Action:
     """Return what to do when the guest ends; `restart` is a synonym of `reboot`."""
     return Action(choice(text, dict(_ACTIONS)))
+
+
+def compression(text: str) -> Compression:
+    """Return how save images are compressed."""
+    return Compression(choice(text, {kind.value: kind for kind in Compression}))
 
 
 def startup(text: str) -> tuple[StartupKind, str | None]:

@@ -8,6 +8,7 @@ from xenvm.model import (
     Action,
     AffinitySpec,
     BiosString,
+    Compression,
     CpuidSpec,
     DiskSpec,
     DisplaySpec,
@@ -35,6 +36,7 @@ class Config(Record, kw_only=True):
     on_crash: Action
     shutdown_timeout_s: int
     device_timeout_s: int
+    image_compression: Compression
     debug: bool
     output: str | None
     no_mem_check: bool

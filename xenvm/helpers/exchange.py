@@ -7,7 +7,7 @@ helper then lets the backends go on.
 
 from __future__ import annotations
 
-from xenvm.boundary.images import Image
+from xenvm.boundary.images import Image, Packed, Packing
 from xenvm.boundary.messages import Created, Failed, Ready
 from xenvm.errors import ExitCode, ProtocolError, TimeoutExpiredError, XenvmError
 from xenvm.helpers import devices
@@ -16,6 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
+    from xenvm.boundary.checks import Message
     from xenvm.boundary.devices import DeviceState, Vbd
     from xenvm.boundary.frames import Channel
     from xenvm.boundary.messages import Job
@@ -25,7 +26,7 @@ IMAGE_WAIT_S: Final = 86400.0  # the job's own deadline, which the broker keeps,
 
 
 class Devices:
-    """The devices of one job, and the image that it restores."""
+    """The devices of one job, and the image that it restores or has compressed."""
 
     def __init__(self, channel: Channel, store: Store, job: Job) -> None:
         self._channel, self._store, self._job = channel, store, job
@@ -52,13 +53,29 @@ class Devices:
 
     def image(self) -> Image:
         """Wait until the image that is to be restored is checked; raise XenvmError with what is wrong with it."""
+        message = self._of_image()
+        if not isinstance(message, Image):
+            raise ProtocolError("the broker did not say what the image is")
+        return message
+
+    def packing(self) -> None:
+        """Wait until somebody will compress the image that is to be saved; raise XenvmError when nobody can."""
+        if not isinstance(self._of_image(), Packing):
+            raise ProtocolError("the broker did not say whether the image can be compressed")
+
+    def packed(self) -> int:
+        """Wait until the image is compressed and on the disk; return its length, or raise XenvmError why it is not."""
+        message = self._of_image()
+        if not isinstance(message, Packed):
+            raise ProtocolError("the broker did not say what has become of the image")
+        return message.length
+
+    def _of_image(self) -> Message | None:
         received = self._channel.receive(deadline_s=IMAGE_WAIT_S)
         message = received[0] if received else None
         if isinstance(message, Failed):
             fault = message.fault
             raise XenvmError(fault.message, hint=fault.hint, code=ExitCode(fault.code))
-        if not isinstance(message, Image):
-            raise ProtocolError("the broker did not say what the image is")
         return message
 
     def wait(self) -> tuple[Vbd, ...]:

@@ -176,6 +176,7 @@ def _grants(config: Config, fresh_uuid: str) -> Grants:
         nics=tuple(NicGrant(nic.id, nic.bridge or "", nic.mac_for(Uuid(uuid))) for nic in config.nics),
         device_timeout_s=config.device_timeout_s,
         image=config.startup_file or "",
+        image_compression=config.image_compression.value,
     )
 
 

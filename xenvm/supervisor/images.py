@@ -44,4 +44,7 @@ def request(name: str, sequence: int, params: Params) -> tuple[Event, Op, Save |
 
 def size(text: str) -> dict[str, object]:
     """Return what a command says of the image that it has made."""
-    return {"image_bytes": int(text)} if text.isascii() and text.isdigit() else {}
+    count, _, compression = text.partition(" ")
+    if not count.isascii() or not count.isdigit():
+        return {}
+    return {"image_bytes": int(count), **({"image_compression": compression} if compression else {})}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A save image as a file: is there room, are its pages on the disk, where are zeros, what is its checksum."""
+"""A save image that is written: are its pages on the disk, where are zeros, what is its checksum."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import errno
 import os
 import zlib
 
-from xenvm.errors import XenvmError
-from xenvm.helpers import saved
+from xenvm.helpers import imagefile, saved
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,21 +17,8 @@ if TYPE_CHECKING:
     Punch = Callable[[int, int, int], int]
 
 PAGE_KIB: Final = 4
-HEADROOM_BYTES: Final = 8 << 20  # of an image above the guest's memory: its records, and the map of its pages
 PAGE_BYTES: Final = PAGE_KIB << 10
 CHUNK_BYTES: Final = 1 << 20
-
-
-def check_space(image: int, memory_kib: int) -> None:
-    """Raise XenvmError when the file system has not room for the whole image; what it turns out to need may be less."""
-    need_bytes = (memory_kib << 10) + HEADROOM_BYTES
-    status = os.fstatvfs(image)
-    free_bytes = status.f_bavail * status.f_frsize
-    if free_bytes < need_bytes:
-        raise XenvmError(
-            f"the image needs up to {need_bytes >> 20} MiB, {free_bytes >> 20} MiB are free where it is to be written",
-            hint="make room, or name a file on another file system",
-        )
 
 
 def finish(image: int, head: saved.Head, punch: Punch) -> int:
@@ -43,7 +29,7 @@ def finish(image: int, head: saved.Head, punch: Punch) -> int:
         os.pwrite(image, saved.seal(length, checksum), head.seal_at)
         os.fsync(image)
     except OSError as error:
-        raise XenvmError(f"writing the image: {error.strerror or error}", hint=hint(error.errno)) from error
+        raise imagefile.failure(error) from error
     return length
 
 
@@ -76,17 +62,3 @@ def _punch(image: int, at: int, view: memoryview, zeros: bytes, punch: Punch) ->
                 raise OSError(-result, os.strerror(-result))
             begin = -1
     return True
-
-
-def write(image: int, content: bytes) -> None:
-    """Write all of the content; raise XenvmError with the reason."""
-    while content:
-        try:
-            content = content[os.write(image, content) :]
-        except OSError as error:
-            raise XenvmError(f"writing the image: {error.strerror}", hint=hint(error.errno)) from error
-
-
-def hint(number: int | None) -> str:
-    """Return what to try against an error of this number."""
-    return "make room, or name a file on another file system" if number in (errno.ENOSPC, errno.EDQUOT) else ""

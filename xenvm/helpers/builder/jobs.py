@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 
+from xenvm.boundary.images import other_memory
 from xenvm.boundary.messages import NO_DOMAIN, Domain, DomainState, Done, Grants, Job, Op, Phase
 from xenvm.context import suppress
 from xenvm.errors import BusyError, ExitCode, TimeoutExpiredError, WrongStateError, XenvmError
@@ -77,8 +78,8 @@ class Builder:
             self._destroy(job.uuid)
             return NO_DOMAIN, text
         if job.op in (Op.SAVE, Op.CHECKPOINT):
-            saving = Saving(self._xen, self._store, job, self._progress)
-            text = str(saving.run(images[0], self._ours(job), go_on=job.op is Op.CHECKPOINT))
+            saving = Saving(self._xen, self._store, job, self._progress, self._plugging)
+            text = saving.run(images[0], self._ours(job), go_on=job.op is Op.CHECKPOINT)
         elif job.op is not Op.QUERY:
             self._ACTIONS[job.op](self, self._ours(job), job)
         return self._look(job), text
@@ -226,11 +227,7 @@ class Builder:
             )
         wanted_kib = grants.memory_max_mib * 1024
         if told.memory_max_kib != wanted_kib:
-            raise WrongStateError(
-                f"the image is of a guest with {told.memory_max_kib >> 10} MiB of memory, this VM has "
-                f"{wanted_kib >> 10} MiB",
-                hint="memory and memory_max of the config file must be what they were when the image was written",
-            )
+            raise other_memory(told.memory_max_kib, wanted_kib)
         if told.vcpus != grants.vcpus:
             raise WrongStateError(
                 f"the image is of a guest with {told.vcpus} vcpus, this VM has {grants.vcpus}",
@@ -308,7 +305,7 @@ class Builder:
 
     def _resume(self, domain: Domain, _job: Job) -> None:
         self._withdraw(domain, _job)
-        Saving(self._xen, self._store, _job, self._progress).resume()
+        Saving(self._xen, self._store, _job, self._progress, self._plugging).resume()
 
     def _ask(self, domain: Domain, job: Job) -> None:
         self._store.write(f"{tree.domain_path(domain.domid)}/control/shutdown", SHUTDOWN_WORDS[job.op])

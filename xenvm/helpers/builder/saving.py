@@ -6,11 +6,13 @@ Whoever loses this process in the middle resumes the domain (the job RESUME): th
 
 from __future__ import annotations
 
+import os
 import time
 
 from xenvm.boundary.messages import DomainState
 from xenvm.context import suppress
 from xenvm.errors import TimeoutExpiredError, WrongStateError, XenvmError
+from xenvm.helpers import imagefile
 from xenvm.helpers.builder import image, tree
 from xenvm.helpers.builder.hypervisor import SHUTDOWN_SUSPEND
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from xenvm.boundary.messages import Domain, Grants, Job
     from xenvm.helpers.builder.hypervisor import Hypervisor
+    from xenvm.helpers.exchange import Devices
     from xenvm.helpers.store import Store
 
     Tell = Callable[[str, int, int], None]
@@ -33,19 +36,24 @@ LATE_S: Final = 5.0  # for a guest that has acknowledged, when saving has failed
 class Saving:
     """One guest that is being saved."""
 
-    def __init__(self, xen: Hypervisor, store: Store, job: Job, tell: Tell) -> None:
-        self._xen, self._store, self._job, self._tell = xen, store, job, tell
+    def __init__(self, xen: Hypervisor, store: Store, job: Job, tell: Tell, broker: Devices) -> None:
+        self._xen, self._store, self._job, self._tell, self._broker = xen, store, job, tell, broker
         self._asked = False
         self._told_s = 0.0
 
-    def run(self, descriptor: int, domain: Domain, *, go_on: bool) -> int:
-        """Write the image; return its length in bytes. `go_on` lets the guest run again, else it stays suspended.
+    def run(self, descriptor: int, domain: Domain, *, go_on: bool) -> str:
+        """Write the image; return its length in bytes, and how it is compressed, if it is.
 
-        On any failure it runs on.
+        `go_on` lets the guest run again, else it stays suspended. On any failure it runs on. An image that is to be
+        compressed is written into a pipe; a process at its other end puts it on the disk.
         """
         if domain.state is not DomainState.RUNNING:
             raise WrongStateError(f"domain {domain.domid} is {domain.state}: a guest suspends only while it runs")
-        image.check_space(descriptor, domain.memory_kib)
+        compression = self._job.grants.image_compression
+        if compression == "none":
+            imagefile.check_space(descriptor, domain.memory_kib << 10)
+        else:
+            self._broker.packing()
         grants = self._as_built(domain.domid)
         try:
             head = self._xen.save_pv(domain.domid, descriptor, grants, self._suspend, self._frames)
@@ -53,7 +61,10 @@ class Saving:
                 self.resume()
                 self._asked = False
             self._tell("finishing the image", 0, 0)
-            return image.finish(descriptor, head, self._xen.punch)
+            if compression == "none":
+                return str(image.finish(descriptor, head, self._xen.punch))
+            os.close(descriptor)
+            return f"{self._broker.packed()} {compression}"
         except BaseException:
             if self._asked:
                 with suppress(XenvmError):  # the first failure is the one to tell; the next look resumes it

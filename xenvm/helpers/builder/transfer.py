@@ -7,8 +7,7 @@ libxenguest calls back to have the guest suspended, and to tell how far it is. O
 from __future__ import annotations
 
 from xenvm.errors import XenvmError
-from xenvm.helpers import saved
-from xenvm.helpers.builder import image as images
+from xenvm.helpers import imagefile, saved
 from xenvm.helpers.builder.hypervisor import HypervisorError, Rings
 from xenvm.helpers.builder.xen import ffi, lib
 
@@ -64,7 +63,7 @@ def save(
     callbacks = ffi.new("struct save_callbacks *")
     callbacks.suspend = lib.xenvm_suspend
     _running.suspend, _running.frames, _running.failure = suspend, frames, None
-    images.write(image, head.content)
+    imagefile.write(image, head.content)
     lib.xenvm_tell_frames(lib.xenvm_frames)
     lib.xenvm_clear_error()
     try:
@@ -75,8 +74,8 @@ def save(
     if _running.failure:
         raise _running.failure
     if result < 0:
-        raise HypervisorError(f"writing the image: {xen.reason(number)}", hint=images.hint(number))
-    images.write(image, saved.TAIL)
+        raise HypervisorError(f"writing the image: {xen.reason(number)}", hint=imagefile.hint(number))
+    imagefile.write(image, saved.TAIL)
     return head
 
 

@@ -1,49 +1,56 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The stream process: checks a save image whole, then feeds a builder with what it has checked.
+"""The stream process: checks a save image whole, then feeds a builder with what it has checked. Or it writes one.
 
 1. become user xenvm-stream, without capabilities and with no file at all;
 2. read one Inspect; walk through the image from beginning to end, compare its checksum if it has one;
 3. say what it is (Image), or what is wrong with it (Failed);
 4. walk through it again and write its stream into the pipe. Should the file have changed meanwhile, what does not pass
    the same checks now ends the pipe.
+
+A compressed image is unpacked on the way, twice. Asked to Pack, it compresses what a builder writes into the pipe.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import zlib
 
-from xenvm.boundary.images import Image, Inspect
+from xenvm.boundary.images import Image, Inspect, Pack, Packed, Packing, other_memory
 from xenvm.boundary.messages import NO_DOMAIN, Failed, Fault
 from xenvm.boundary.privileges import Role
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 from xenvm.helpers import serve
-from xenvm.helpers.stream import records
+from xenvm.helpers.stream import packing, records, source, zstd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
 REQUEST_WAIT_S: Final = 900.0  # it may be started before it is needed; it ends with its broker
-CHUNK_BYTES: Final = 1 << 20
+ROUNDS: Final = 2  # of a guest's memory that a compressed image may unpack to: some have pages more than once
+SLACK_BYTES: Final = 64 << 20  # and this beside it
 
 
 def main() -> int:
     """Run one stream worker; return its exit status."""
     channel = serve.broker_channel()
+    zstd.load()
     channel.send(serve.drop(Role.STREAM, frozenset()))
     received = channel.receive(deadline_s=REQUEST_WAIT_S)
     if received is None:
         return 0
     message, descriptors = received
-    if not isinstance(message, Inspect) or len(descriptors) != Inspect.DESCRIPTORS:
-        raise ProtocolError("a stream worker reads one image, with two descriptors")
+    if not isinstance(message, Inspect | Pack) or len(descriptors) != message.DESCRIPTORS:
+        raise ProtocolError("a stream worker reads or writes one image, with two descriptors")
     image, pipe = descriptors
     try:
-        told, at = inspect(image)
+        if isinstance(message, Pack):
+            encoder = packing.prepare(image, message.memory_max_kib)
+            channel.send(Packing())
+            channel.send(Packed(packing.pack(pipe, image, encoder)))
+            return 0
+        told, at = inspect(image, message.memory_max_kib)
         channel.send(told)
-        feed(image, pipe, at, records.Guest(told.memory_max_kib, told.vcpus))
+        feed(image, pipe, at, told)
     except XenvmError as error:
         channel.send(Failed(0, Fault(int(error.code), error.message[:4000], error.hint[:1000]), NO_DOMAIN))
         return int(ExitCode.FAILED)
@@ -52,18 +59,26 @@ def main() -> int:
     return 0
 
 
-def inspect(image: int) -> tuple[Image, int]:
+def inspect(image: int, memory_max_kib: int) -> tuple[Image, int]:
     """Check an image whole; return what it is, and where its stream begins. Raise ImageError for what is wrong."""
     try:
-        size = os.fstat(image).st_size
-        read = _reader(image)
-        facts = records.facts(read, size)
-        if facts.sealed_bytes >= 0 and facts.sealed_bytes != size:
-            raise records.ImageError(f"the image has {size} bytes of {facts.sealed_bytes}: it is cut off or damaged")
+        found = source.of(image)
+        facts = records.facts(found.read, os.fstat(image).st_size)
+        if isinstance(found, source.Compressed):
+            if facts.memory_max_kib != memory_max_kib:  # else the limit would be that of an image of a larger guest
+                raise other_memory(facts.memory_max_kib, memory_max_kib)
+            found.limit_bytes = limit_bytes(memory_max_kib)
+        elif 0 <= facts.sealed_bytes != os.fstat(image).st_size:
+            raise records.cut_off(facts, os.fstat(image).st_size)
         guest = records.Guest(facts.memory_max_kib, facts.vcpus)
-        for _ in records.pieces(read, facts.stream_at, guest):
+        if facts.sealed_bytes >= 0:
+            found.sum_from(facts.streams_at)
+        for _ in records.pieces(found.read, facts.stream_at, guest):
             pass
-        if facts.sealed_bytes >= 0 and _checksum(image, facts.streams_at) != facts.checksum:
+        size, checksum = found.totals()
+        if 0 <= facts.sealed_bytes != size:
+            raise records.cut_off(facts, size)
+        if facts.sealed_bytes >= 0 and checksum != facts.checksum:
             raise records.ImageError("the checksum of the image is another one: it is damaged")
     except OSError as error:
         raise records.ImageError(f"the image cannot be read: {error.strerror or error}") from error
@@ -71,47 +86,20 @@ def inspect(image: int) -> tuple[Image, int]:
     return told, facts.stream_at
 
 
-def feed(image: int, pipe: int, at: int, guest: records.Guest) -> None:
+def limit_bytes(memory_max_kib: int) -> int:
+    """Return how much a compressed image of a guest of this size may unpack to."""
+    return ROUNDS * (memory_max_kib << 10) + SLACK_BYTES
+
+
+def feed(image: int, pipe: int, at: int, told: Image) -> None:
     """Write the stream that begins at `at` into the pipe, each piece after it was checked."""
-    for piece in records.pieces(_reader(image), at, guest):
+    found = source.of(image)
+    if isinstance(found, source.Compressed):
+        found.limit_bytes = limit_bytes(told.memory_max_kib)
+    for piece in records.pieces(found.read, at, records.Guest(told.memory_max_kib, told.vcpus)):
         if isinstance(piece, bytes):
             left = piece
             while left:
                 left = left[os.write(pipe, left) :]
         else:
-            _move(image, pipe, *piece)
-
-
-def _move(image: int, pipe: int, offset: int, length: int) -> None:
-    """Have the kernel move a range of the file into the pipe; where it cannot, copy it."""
-    while length:
-        try:
-            count = os.splice(image, pipe, length, offset_src=offset)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            content = os.pread(image, min(length, CHUNK_BYTES), offset)
-            count = os.write(pipe, content) if content else 0
-        if not count:
-            raise records.ImageError("the image was cut off while it was read")
-        offset, length = offset + count, length - count
-
-
-def _reader(image: int) -> records.Read:
-    def read(length: int, at: int) -> bytes:
-        content = os.pread(image, length, at)
-        while content and len(content) < length and (more := os.pread(image, length - len(content), at + len(content))):
-            content += more
-        return content
-
-    return read
-
-
-def _checksum(image: int, at: int) -> int:
-    chunk = bytearray(CHUNK_BYTES)
-    checksum = 0
-    with memoryview(chunk) as view:
-        while count := os.preadv(image, [chunk], at):
-            checksum = zlib.crc32(view[:count], checksum)
-            at += count
-    return checksum
+            found.move(pipe, *piece)

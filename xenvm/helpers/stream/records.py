@@ -28,7 +28,6 @@ LIBXC: Final = struct.Struct(">QIIHHI")  # marker, identification, version, opti
 LIBXC_MARKER, LIBXC_IDENT, LIBXC_VERSION = 0xFFFFFFFFFFFFFFFF, 0x58454E46, 3
 DOMAIN: Final = struct.Struct("<IHHII")  # type, page shift, reserved, Xen's version
 PV, HVM = 1, 2
-ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 PAGE_SHIFT, PAGE_BYTES = 12, 4096
 PAGES: Final = struct.Struct("<II")  # count, reserved; then the numbers of the page frames
 PAGES_LIMIT: Final = 1024  # MAX_BATCH_SIZE, xg_sr_common.h
@@ -146,11 +145,14 @@ def _foreign(magic: bytes, size: int) -> ImageError:
             "the image is one of the old xenvm or of XenServer, whose form today's Xen does not read",
             hint="restore it with the toolstack that wrote it",
         )
-    if magic.startswith(ZSTD_MAGIC):
-        return ImageError("the image is compressed with zstd", hint="unpack it first: zstd -d")
     if saved.MAGIC.startswith(magic):
         return ImageError(f"the image ends after {size} bytes: it is cut off")
     return ImageError("the file is no save image: it does not begin as `xl save` and xenvm write them")
+
+
+def cut_off(facts: Facts, size: int) -> ImageError:
+    """Return what to say of an image that has another length than its seal says."""
+    return ImageError(f"the image has {size} bytes of {facts.sealed_bytes}: it is cut off or damaged")
 
 
 def _config(untrusted_text: bytes) -> tuple[int, int, str]:

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Compressed save images: written through a pipe, unpacked on the way back, and what is refused of them."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+import zlib
+
+import pytest
+from saveimages import PAGE, config, image, libxc, pages, parts
+
+from xenvm import jsontext
+from xenvm.boundary.images import Image
+from xenvm.errors import ExitCode, ProtocolError, WrongStateError, XenvmError
+from xenvm.helpers import imagefile, saved
+from xenvm.helpers.stream import main as stream
+from xenvm.helpers.stream import packing, source, zstd
+
+MEMORY_KIB = 131072
+MANY = {f"more{number}": pages(list(range(1024)), [PAGE, bytes(4096)] * 512) for number in range(8)}
+
+
+@pytest.fixture(autouse=True)
+def _library():
+    zstd.load()
+
+
+def large():
+    made = parts()
+    return libxc(
+        {**{name: made[name] for name in list(made)[:6]}, **MANY, **{name: made[name] for name in list(made)[6:]}}
+    )
+
+
+def unsealed(stream=None):
+    """An image as a builder writes it, before there is a seal."""
+    text = jsontext.dumps(config()).encode()[:-1] + b"," + saved.UNSEALED + b"}"
+    return image(stream, text=text)
+
+
+def packed(content):
+    """Return what comes of it."""
+    readable, writable = os.pipe()
+
+    def write():
+        with os.fdopen(writable, "wb") as pipe:
+            pipe.write(content)
+
+    with tempfile.TemporaryFile() as file:
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            length = packing.pack(readable, file.fileno(), packing.prepare(file.fileno(), 1024))
+        finally:
+            os.close(readable)
+            writer.join()
+        file.seek(0)
+        whole = file.read()
+    assert length == len(whole)
+    return whole
+
+
+def unpacked(content):
+    """Return what the program zstd makes of it."""
+    if not shutil.which("zstd"):
+        pytest.fail("the tests need the program zstd")
+    return subprocess.run(["zstd", "-d", "-q"], input=content, capture_output=True, check=True, timeout=60).stdout
+
+
+def frame(content, level=1, *options):
+    """Return what the program zstd makes of it."""
+    words = ["zstd", "-q", f"-{level}", *options]
+    return subprocess.run(words, input=content, capture_output=True, check=True, timeout=60).stdout
+
+
+def inspect(content, memory_kib=MEMORY_KIB):
+    with tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        return stream.inspect(file.fileno(), memory_kib)
+
+
+def fed(content):
+    readable, writable = os.pipe()
+    got = []
+
+    def read():
+        with os.fdopen(readable, "rb") as pipe:
+            got.append(pipe.read())
+
+    with tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        told, at = stream.inspect(file.fileno(), MEMORY_KIB)
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            stream.feed(file.fileno(), writable, at, told)
+        finally:
+            os.close(writable)
+            reader.join()
+    return got[0]
+
+
+@pytest.mark.parametrize("stream_of", [libxc, large])
+def test_what_is_packed_unpacks_to_a_sealed_image_and_is_read_as_that(stream_of):
+    whole = packed(unsealed(stream_of()))
+    plain = unpacked(whole)
+    at = plain.index(b"LibxlFmt")
+    assert plain.replace(saved.seal(len(plain), zlib.crc32(plain[at:])), saved.UNSEALED) == unsealed(stream_of())
+    assert inspect(plain)[0] == inspect(whole)[0] == Image(MEMORY_KIB, 1, 4, 17, "")
+    assert fed(whole) == stream_of()
+    assert len(whole) < len(plain)
+
+
+@pytest.mark.parametrize("size", [1, 1000, 128 << 10, (128 << 10) + 1, 300000, 1 << 20])
+def test_the_frame_of_the_head_shows_it_as_it_is(size):
+    content = os.urandom(size)
+    at = max(0, size - 80)
+    made, place = zstd.raw_frame(content, at, min(78, size))
+    assert unpacked(made) == content
+    assert made[place : place + min(78, size)] == content[at : at + min(78, size)]
+
+
+@pytest.mark.parametrize("options", [(1,), (19,), (3, "--no-check"), (1, "--long=23")])
+def test_what_the_program_has_compressed_is_read(options):
+    assert fed(frame(image(large(), sealed=True), *options)) == large()
+    two = image(large(), sealed=True)
+    assert fed(frame(two[:5000]) + frame(two[5000:])) == large()
+
+
+def refusal(content, memory_kib=MEMORY_KIB):
+    with pytest.raises(XenvmError) as caught:
+        inspect(content, memory_kib)
+    assert caught.value.message.isprintable()
+    return caught.value.message
+
+
+def test_cut_off_or_damaged():
+    whole = packed(unsealed(large()))
+    for length in (4, 5, 100, len(whole) // 2, len(whole) - 1):
+        assert "cut off" in refusal(whole[:length]) or "ends after" in refusal(whole[:length])
+    for at in range(600, len(whole), len(whole) // 50):
+        changed = bytearray(whole)
+        changed[at] ^= 0x55
+        assert refusal(bytes(changed))
+    assert "zstd cannot read it" in refusal(whole + b"x" * 20)
+    assert "follows the end" in refusal(whole + frame(b"more"))
+    never = frame(unsealed())
+    assert "never finished" in refusal(never)
+
+
+def test_a_small_file_that_unpacks_without_end_is_given_up_soon():
+    bomb = pages(list(range(1024)), [bytes(4096)] * 1024)
+    head = image(large())
+    end = head.index(pages([7], [PAGE]))
+    content = frame(head[:end]) + frame(bomb * 16) * 40
+    assert len(content) < 2 << 20
+    before = peak_kib()
+    words = refusal(content)
+    assert f"unpacks to more than {stream.limit_bytes(MEMORY_KIB) >> 20} MiB" in words
+    assert peak_kib() - before < 64 << 10
+    assert "more than 2 MiB" in refusal(frame(bytes(1 << 30))[:1000000]) or "no save image" in refusal(
+        frame(b"\0" * 99)
+    )
+
+
+def peak_kib():
+    import resource  # noqa: PLC0415
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def test_a_window_that_would_take_much_memory_is_refused():
+    # a frame by hand: a window of 2 GiB, a raw block
+    content = image()
+    window = zstd.MAGIC + b"\x00" + bytes([21 << 3]) + (len(content) << 3 | 1).to_bytes(3, "little") + content
+    assert "zstd cannot read it" in refusal(window)
+
+
+def test_the_image_of_a_guest_of_another_size_is_not_unpacked():
+    with pytest.raises(WrongStateError) as caught:
+        inspect(packed(unsealed()), MEMORY_KIB * 2)
+    assert "128 MiB of memory, this VM has 256 MiB" in caught.value.message
+    assert caught.value.code is ExitCode.WRONG_STATE
+
+
+def test_a_builder_that_ends_early_leaves_nothing_that_is_taken_for_whole():
+    with pytest.raises(ProtocolError):
+        packed(unsealed()[:40])
+    assert "cut off" in refusal(packed(unsealed()[:-20])) or "ends after" in refusal(packed(unsealed()[:-20]))
+    with pytest.raises(ProtocolError, match="without a seal"):
+        packed(image(text=b"x" * 200))
+
+
+def test_without_the_library_it_is_said_which_package_is_missing(monkeypatch):
+    monkeypatch.setattr(zstd._Loaded, "library", False)
+    with tempfile.TemporaryFile() as file, pytest.raises(XenvmError) as caught:
+        packing.prepare(file.fileno(), 1024)
+    assert "libzstd1" in caught.value.hint
+    assert "libzstd.so.1" in refusal(frame(image()))
+
+
+def test_without_room_nothing_is_begun():
+    with tempfile.TemporaryFile() as file, pytest.raises(XenvmError) as caught:
+        packing.prepare(file.fileno(), 2**40)
+    assert "are free" in caught.value.message
+
+
+def test_a_disk_that_is_full():
+    full = os.open("/dev/full", os.O_RDWR)
+    try:
+        with pytest.raises(XenvmError) as caught:
+            imagefile.write(full, b"x")
+    finally:
+        os.close(full)
+    assert "No space left" in caught.value.message
+    assert "make room" in caught.value.hint
+
+
+def test_reading_backwards_is_refused():
+    with tempfile.TemporaryFile() as file:
+        file.write(frame(bytes(64 << 20)))
+        file.flush()
+        found = source.of(file.fileno())
+        found.limit_bytes = 1 << 30
+        assert found.read(10, 40 << 20) == bytes(10)
+        with pytest.raises(XenvmError, match="backwards"):
+            found.read(10, 0)
