@@ -199,9 +199,32 @@ def test_without_a_descriptor_there_is_no_image(monitor, command):
         client.send("destroy")
         monitor.done(monitor.asked(Op.DESTROY))
         client.reply()
-    code, text, _ = client.refused(command, file="/there")
-    assert (code, text) == (ExitCode.USAGE, f"{command}: the file comes as an open descriptor")
+    code, text, hint = client.refused(command, file="/there")
+    assert code is ExitCode.PERMISSION_REFUSED
+    assert text.startswith(f"{command}: '/there' was not handed over")
+    assert "image-directories" in hint
     assert monitor.nothing_asked()
+
+
+def test_an_image_in_a_directory_that_is_open_to_clients_is_asked_for_by_name(monitor):
+    monitor.running(image_directories=("/srv/a", "/srv/images"))
+    client = monitor.client()
+    for path in ("/srv/images/sub/a", "/srv/images", "/srv/images/", "/srv/a/..", "/etc/shadow", "a.img"):
+        assert client.refused("suspend", file=path)[0] in (ExitCode.PERMISSION_REFUSED, ExitCode.USAGE)
+    assert monitor.nothing_asked()
+    client.send("checkpoint", file="/srv/images/a.img")
+    request, descriptors = monitor.asked_change(Save)
+    assert (request.directory, request.file, request.go_on, descriptors) == (1, "a.img", True, [])
+    monitor.done(request, RUNNING, "4096 zstd")
+    data = client.reply()["result"]["data"]
+    assert (data["image_bytes"], data["image_compression"]) == (4096, "zstd")
+    client.send("destroy")
+    monitor.done(monitor.asked(Op.DESTROY))
+    client.reply()
+    assert "delete=true" in client.refused("restore", file="/srv/images/a.img", delete="true")[1]
+    client.send("restore", file="/srv/images/a.img", foreign="true")
+    request, descriptors = monitor.asked_change(Restore)
+    assert (request.directory, request.file, request.foreign, descriptors) == (1, "a.img", True, [])
 
 
 def test_a_paused_guest_cannot_suspend(monitor, file):

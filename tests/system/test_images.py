@@ -152,13 +152,18 @@ def step(guest):
     return guest.status()["step"]
 
 
-def held(guest, file):
+def held(guest, file, *as_user):
     """Begin a suspend and stop its builder while it writes the image: the guest is suspended then.
 
     Return the client and the builder's pid. One that was too fast is undone, and it is tried again.
     """
     for _ in range(5):
-        saving = guest.begin_cmd("suspend", str(file))
+        saving = subprocess.Popen(
+            [*as_user, "xenvm-cmd", guest.uuid, "suspend", str(file)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         until(lambda one=saving: step(guest) == "writing the image" or one.poll() is not None, "the image is written")
         pid = helper("builder")
         if pid:
@@ -340,6 +345,51 @@ def test_image_and_act_log_on_one_full_disk(vm):
         guest.end()
     finally:
         run("umount", "-l", str(logs))
+
+
+@pytest.mark.long
+def test_a_user_saves_into_a_directory_that_the_policy_opens(vm, folder):
+    """Where only root may write, a member of the group xenvm has images of this VM, and no other files."""
+    folder.chmod(0o700)
+    policy = Path("/etc/xenvm/policy.toml")
+    policy.write_text(f'image-directories = ["{folder}"]\n')
+    as_user = ("setpriv", "--reuid=nobody", "--regid=xenvm", "--clear-groups", "xenvm-cmd")
+    try:
+        guest = vm()
+        guest.start()
+        guest.up()
+        file, before = folder / f"{guest.uuid}.img", len(guest.ticks())
+        for path, words in (
+            (folder / "other.img", "names begin with its uuid"),
+            (Path("/root/x.img"), "image-directories"),
+        ):
+            refused = run(*as_user, guest.uuid, "suspend", str(path))
+            assert (refused.returncode, words in refused.stderr) == (8, True), refused.stderr
+        assert only(folder) == []
+        for turn in range(2):  # the second time there is an older one
+            done = run(*as_user, guest.uuid, "checkpoint", str(file))
+            assert done.returncode == 0, done.stderr
+            assert only(folder) == [file.name]
+            verify(file)
+            goes_on(guest, before, stops=2 * turn + 2)
+        done = run(*as_user, guest.uuid, "suspend", str(file))
+        assert done.returncode == 0, done.stderr
+        assert guest.state == "suspended"
+        assert only(folder) == [file.name]
+        assert (file.stat().st_uid, file.stat().st_mode & 0o777) == (0, 0o600)
+        verify(file)
+        done = run(*as_user, guest.uuid, "restore", str(file))
+        assert done.returncode == 0, done.stderr
+        goes_on(guest, before, stops=8)
+        was = file.read_bytes()
+        saving, _ = held(guest, file, *as_user[:-1])
+        guest.cmd("cancel")
+        assert saving.wait(120) == 1
+        assert (only(folder), file.read_bytes() == was) == ([file.name], True)
+        runs_on(guest, 14)
+        assert acts(guest).count('"act":"image"') >= 4
+    finally:
+        policy.unlink()
 
 
 def unpacked(file):

@@ -8,11 +8,11 @@ import tempfile
 
 import broker_bench
 import pytest
-from broker_bench import FAULT, RUNNING
+from broker_bench import FAULT, RUNNING, UUID
 from children import FakeChild
 
 from xenvm.boundary.images import Image, Inspect, Pack, Packed, Packing, Restore, Save
-from xenvm.boundary.messages import NO_DOMAIN, DomainState, Done, Failed, Init, Op, Progress
+from xenvm.boundary.messages import NO_DOMAIN, DomainState, Done, Failed, HostPolicy, Init, Op, Progress
 from xenvm.boundary.privileges import Role
 from xenvm.broker import core, images, work
 from xenvm.broker.phases import IMAGE_S_PER_MIB, PERMITS
@@ -354,6 +354,142 @@ def test_a_supervisor_that_dies_over_the_resume_leaves_that_and_the_next_hears_o
     assert isinstance(bench.heard(), Init)
     bench.answer(Done(0, RUNNING, ""))
     assert bench.heard() == Done(0, RUNNING, "")
+
+
+# In a directory of the host's policy
+
+
+@pytest.fixture
+def open_to_clients(bench, tmp_path):
+    """Such a directory, in which the VM has an older image."""
+    place = tmp_path / "images"
+    place.mkdir()
+    bench.broker._book.policy = HostPolicy("", (), (), ("/nowhere", str(place)))
+    (place / f"{UUID}.img").write_text("older")
+    return place
+
+
+def save_there(bench, name=f"{UUID}.img", *, go_on=False):
+    bench.known(RUNNING)
+    bench.send(Save(5, go_on, 30, 1, name))
+
+
+def written(bench):
+    """Let the builder write the image."""
+    _, (image,) = bench.builder.there.receive(deadline_s=5)
+    os.write(image, b"memory")
+    os.close(image)
+
+
+def contents(place):
+    return {path.name: path.read_text() for path in place.iterdir()}
+
+
+OLDER, NEW = {f"{UUID}.img": "older"}, {f"{UUID}.img": "memory"}
+
+
+def test_a_save_there_is_named_when_it_is_whole_and_final_when_the_domain_is_gone(bench, open_to_clients):
+    save_there(bench)
+    assert bench.acts.of("image") == [{"file": f"{open_to_clients}/{UUID}.img"}]
+    written(bench)
+    assert contents(open_to_clients) == OLDER
+    bench.answer(Done(0, SUSPENDED, "6"))
+    assert bench.heard() == Done(5, SUSPENDED, "6")
+    assert sorted(contents(open_to_clients).values()) == ["memory", "older"]
+    bench.ask(Op.DESTROY)
+    bench.job()
+    bench.answer(Done(0, NO_DOMAIN, ""))
+    assert contents(open_to_clients) == NEW
+
+
+def test_a_guest_that_runs_on_takes_its_image_back(bench, open_to_clients, resumed):
+    for end in ("resume", "quit"):
+        save_there(bench)
+        written(bench)
+        bench.answer(Done(0, SUSPENDED, "6"))
+        if end == "resume":
+            bench.ask(Op.RESUME)
+            bench.job()
+            bench.answer(Done(0, RUNNING, ""))
+            bench.heard()
+        else:
+            bench.broker._end_children()
+        assert contents(open_to_clients) == OLDER
+    assert resumed == THE_RESUME
+
+
+def test_a_checkpoint_there_is_final_at_once(bench, open_to_clients):
+    save_there(bench, go_on=True)
+    written(bench)
+    bench.answer(Done(0, RUNNING, "6"))
+    assert contents(open_to_clients) == NEW
+
+
+@pytest.mark.parametrize("how", ["fail", "die", "cancel"])
+def test_a_save_there_that_fails_leaves_the_older_image_alone(bench, open_to_clients, how):
+    save_there(bench)
+    written(bench)
+    if how == "fail":
+        bench.answer(Failed(0, FAULT, NO_DOMAIN))
+    elif how == "die":
+        bench.builder.die()
+        bench.turn()
+    else:
+        bench.ask(Op.CANCEL)
+    assert contents(open_to_clients) == OLDER
+
+
+def test_an_image_there_that_cannot_be_named_has_the_guest_run_on(bench, open_to_clients, monkeypatch):
+    def refuse(*_words, **_options):
+        raise OSError(errno.EIO, "no luck")
+
+    save_there(bench)
+    written(bench)
+    monkeypatch.setattr(os, "rename", refuse)
+    bench.answer(Done(0, SUSPENDED, "6"))
+    assert bench.job()[0].op is Op.RESUME
+    bench.answer(Done(0, RUNNING, ""))
+    assert "cannot be named" in bench.refused(ExitCode.FAILED)
+    monkeypatch.undo()
+    assert contents(open_to_clients) == OLDER
+
+
+@pytest.mark.parametrize("kind", [Save, Restore])
+@pytest.mark.parametrize(
+    ("directory", "name", "words"),
+    [
+        (1, "guest.img", "whose names begin with its uuid"),
+        (1, "", "whose names begin with its uuid"),
+        (2, f"{UUID}.img", "no such directory"),
+        (0, f"{UUID}.img", "No such file"),
+    ],
+)
+def test_a_vm_has_its_own_images_there_and_no_others(bench, open_to_clients, kind, directory, name, words):
+    bench.known(RUNNING if kind is Save else NO_DOMAIN)
+    place = {"directory": directory, "file": name}
+    bench.send(Save(5, False, 30, **place) if kind is Save else Restore(5, False, **place))
+    assert words in bench.refused()
+    assert contents(open_to_clients) == OLDER
+
+
+def test_links_there_are_not_followed(bench, open_to_clients):
+    (open_to_clients / f"{UUID}.link").symlink_to(open_to_clients / f"{UUID}.img")
+    bench.known(NO_DOMAIN)
+    bench.send(Restore(5, False, directory=1, file=f"{UUID}.link"))
+    assert "Too many levels" in bench.refused()
+    save_there(bench, f"{UUID}.link")
+    assert "not a regular file" in bench.refused()
+
+
+def test_a_restore_from_there(bench, open_to_clients):
+    bench.known(NO_DOMAIN)
+    bench.send(Restore(6, False, directory=1, file=f"{UUID}.img"))
+    (worker,) = workers(Role.STREAM)
+    _, (image, entrance) = worker.there.receive(deadline_s=5)
+    assert os.read(image, 100) == b"older"
+    for descriptor in (image, entrance):
+        os.close(descriptor)
+    assert bench.job()[1] == 1
 
 
 # Restoring

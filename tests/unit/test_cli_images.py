@@ -251,3 +251,27 @@ def test_the_bar():
     assert images.bar(0, 4096).startswith("[" + " " * 40 + "]   0 %")
     assert images.bar(2048, 4096) == "[" + "#" * 20 + " " * 20 + "]  50 %, 2 of 4 MiB"
     assert images.bar(4096, 4096).startswith("[" + "#" * 40 + "] 100 %")
+
+
+@pytest.mark.parametrize(("command", "asked"), [("suspend", ["suspend", "commit"]), ("checkpoint", ["checkpoint"])])
+def test_where_the_caller_may_not_write_the_monitor_is_asked_to(monkeypatch, tmp_path, command, asked):
+    def refuse(_path, _flags, *_more, **_options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    class Alone(Monitor):
+        def watch(self, command, _on_event, /, **params):
+            assert self.handed is None
+            self._called(command, params)
+            return Reply("", {"image_bytes": 5})
+
+    monkeypatch.setattr(os, "open", refuse)
+    monitor, path = Alone(), str(tmp_path / "guest.img")
+    images.save(monitor, command, {"file": path})
+    assert monitor.commands == asked
+    assert monitor.calls[0][1] == {"file": path}
+    images.restore(monitor, {"file": path})
+    assert monitor.calls[-1] == ("restore", {"file": path})
+    refused = Alone(refuse=command)
+    with pytest.raises(WrongStateError):
+        images.save(refused, command, {"file": path})
+    assert refused.commands == [command]

@@ -17,12 +17,16 @@ from xenvm.parser.hostpolicy import LIMIT_BYTES, NO_POLICY, host_policy
 def test_directories_of_a_policy():
     text = b'disk-directories = ["/srv/discs", "/var/lib/a b"]\n'
     assert host_policy(text) == HostPolicy("", (), ("/srv/discs", "/var/lib/a b"))
+    text = b'image-directories = ["/srv/images"]\n'
+    assert host_policy(text) == HostPolicy("", (), (), ("/srv/images",))
 
 
 @pytest.mark.parametrize("path", ["", "/", "srv", "/srv/", "//srv", "/srv/../etc", "/srv/./a", "/..", "/a\\u0000b"])
 def test_what_is_no_directory(path):
     with pytest.raises(ConfigError, match=r"directories|TOML|Illegal|Invalid"):
         host_policy(f'disk-directories = ["{path}"]'.encode())
+    with pytest.raises(ConfigError, match=r"directories|TOML|Illegal|Invalid"):
+        host_policy(f'image-directories = ["{path}"]'.encode())
 
 
 def test_a_policy():
@@ -62,7 +66,7 @@ def test_what_is_no_policy(text, match):
 def test_an_unknown_key_is_told_the_known_ones():
     with pytest.raises(ConfigError) as caught:
         host_policy(b"a = 1")
-    assert caught.value.hint == "known are default-bridge, bridges, disk-directories"
+    assert caught.value.hint == "known are default-bridge, bridges, disk-directories, image-directories"
 
 
 @settings(deadline=None, max_examples=300)

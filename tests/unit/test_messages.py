@@ -103,8 +103,8 @@ def test_a_supervisor_names_nothing():
     assert Watch.FIELDS == ("event",)
     assert Plug.FIELDS == ("sequence", "disks", "nics", "directory", "file")  # the file by its bare name
     assert Unplug.FIELDS == ("sequence", "kind", "device", "disc", "force", "timeout_s")
-    assert Save.FIELDS == ("sequence", "go_on", "timeout_s")
-    assert Restore.FIELDS == ("sequence", "paused", "foreign")
+    assert Save.FIELDS == ("sequence", "go_on", "timeout_s", "directory", "file")
+    assert Restore.FIELDS == ("sequence", "paused", "foreign", "directory", "file")
     assert Rebridge.FIELDS == ("sequence", "device", "bridge")
 
 

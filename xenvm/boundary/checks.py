@@ -24,6 +24,19 @@ if TYPE_CHECKING:
 INT32_MAX: Final = 2**31 - 1
 NAME: Final = forms.of(forms.LETTERS | forms.DIGITS | frozenset("._+-"), 1, 64)
 
+DIRECTORIES_LIMIT: Final = 16  # of each kind that a host's policy opens
+
+
+def is_file_name(text: str) -> bool:
+    """Tell whether a text may be the name of a file, or is empty."""
+    return text not in (".", "..") and "/" not in text
+
+
+def is_directory(text: str) -> bool:
+    """Tell whether a text is an absolute path without empty, `.` and `..` parts."""
+    root, *parts = text.split("/")
+    return not root and bool(parts) and all(part and is_file_name(part) for part in parts)
+
 
 def number(low: int, high: int) -> Check:
     """Accept an integer from `low` to `high`; a boolean is not an integer."""

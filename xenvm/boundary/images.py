@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from xenvm import forms
-from xenvm.boundary.checks import INT32_MAX, Message, flag, number, string
+from xenvm.boundary.checks import DIRECTORIES_LIMIT, INT32_MAX, Message, flag, is_file_name, number, string
 from xenvm.errors import WrongStateError
 
 TYPE_CHECKING = False
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _SEQUENCE = number(0, INT32_MAX)
 _SECONDS = number(1, 86400)
+_PLACE = {"directory": number(-1, DIRECTORIES_LIMIT - 1), "file": string(255, is_file_name)}
 
 
 def other_memory(told_kib: int, wanted_kib: int) -> WrongStateError:
@@ -31,30 +32,36 @@ def is_uuid_or_none(text: str) -> bool:
 class Save(Message):
     """Supervisor to broker: write an image of the running guest into the file that comes along, empty and writable.
 
-    The guest may take `timeout_s` to suspend. With `go_on` it runs again afterwards; else it stays suspended, until
-    RESUME or DESTROY. When saving fails it runs on.
+    Or into the file `file` of the host policy's directory of images number `directory` (-1: none). The guest may take
+    `timeout_s` to suspend. With `go_on` it runs again afterwards; else it stays suspended, until RESUME or DESTROY.
+    When saving fails it runs on.
     """
 
     sequence: int
     go_on: bool
     timeout_s: int
+    directory: int = -1
+    file: str = ""
     KIND: ClassVar = 31
     DESCRIPTORS: ClassVar = 1
-    CHECKS: ClassVar = {"sequence": _SEQUENCE, "go_on": flag, "timeout_s": _SECONDS}
+    CHECKS: ClassVar = {"sequence": _SEQUENCE, "go_on": flag, "timeout_s": _SECONDS, **_PLACE}
 
 
 class Restore(Message):
     """Supervisor to broker: bring the guest back from the image that comes along, open for reading.
 
-    With `foreign` it may be the image of a VM with another uuid.
+    Or from one that `directory` and `file` name, as in Save. With `foreign` it may be the image of a VM with another
+    uuid.
     """
 
     sequence: int
     paused: bool
     foreign: bool = False
+    directory: int = -1
+    file: str = ""
     KIND: ClassVar = 32
     DESCRIPTORS: ClassVar = 1
-    CHECKS: ClassVar = {"sequence": _SEQUENCE, "paused": flag, "foreign": flag}
+    CHECKS: ClassVar = {"sequence": _SEQUENCE, "paused": flag, "foreign": flag, **_PLACE}
 
 
 class Inspect(Message):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from xenvm import forms
 from xenvm.boundary.checks import (
+    DIRECTORIES_LIMIT,
     INT32_MAX,
     NAME,
     Checked,
@@ -16,6 +17,8 @@ from xenvm.boundary.checks import (
     array,
     choice,
     flag,
+    is_directory,
+    is_file_name,
     number,
     string,
     table,
@@ -122,20 +125,6 @@ class WatchEvent(StrChoice):
 
     ARMED = "armed"
     RELEASED = "released"
-
-
-DIRECTORIES_LIMIT: Final = 16
-
-
-def is_file_name(text: str) -> bool:
-    """Tell whether a text may be the name of a file, or is empty."""
-    return text not in (".", "..") and "/" not in text
-
-
-def is_directory(text: str) -> bool:
-    """Tell whether a text is an absolute path without empty, `.` and `..` parts."""
-    root, *parts = text.split("/")
-    return not root and bool(parts) and all(part and is_file_name(part) for part in parts)
 
 
 _UUID_TEXT = string(36, forms.uuid)
@@ -286,16 +275,19 @@ class FileNeed(Checked):
 class HostPolicy(Checked):
     """What /etc/xenvm/policy.toml says for all VMs of the host; "" and () without it.
 
-    `directories` are those whose files clients may add as disks, whoever may open them.
+    `directories` are those whose files clients may add as disks, whoever may open them; `image_directories` those in
+    which a VM may have its save images.
     """
 
     default_bridge: str
     bridges: tuple[str, ...]
     directories: tuple[str, ...] = ()
+    image_directories: tuple[str, ...] = ()
     CHECKS: ClassVar = {
         "default_bridge": string(15, is_bridge),
         "bridges": array(string(15, is_bridge), 256),
         "directories": array(string(1024, is_directory), DIRECTORIES_LIMIT),
+        "image_directories": array(string(1024, is_directory), DIRECTORIES_LIMIT),
     }
 
 
@@ -346,6 +338,7 @@ class Init(Message):
     policy: Policy
     directories: tuple[str, ...]
     fields: dict[str, str]
+    image_directories: tuple[str, ...] = ()
     KIND: ClassVar = 2
     CHECKS: ClassVar = {
         "uuid": _UUID_TEXT,
@@ -361,6 +354,7 @@ class Init(Message):
         "policy": Policy.from_body,
         "directories": array(string(1024, is_directory), DIRECTORIES_LIMIT),
         "fields": table(string(64), string(32768), 256),
+        "image_directories": array(string(1024, is_directory), DIRECTORIES_LIMIT),
     }
 
 

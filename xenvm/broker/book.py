@@ -17,7 +17,9 @@ from xenvm.model import same_disk
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from xenvm.boundary.devices import DeviceState, Vif
+    from xenvm.boundary.images import Restore, Save
     from xenvm.boundary.messages import Grants, HostPolicy, Plug
+    from xenvm.imageplace import Target
 
 
 class Book:
@@ -32,6 +34,36 @@ class Book:
         """The devices that the domain was last seen to have."""
         self.saved = False
         """The guest is in an image, as far as is known; its domain may be gone."""
+
+        self.image: Target | None = None
+        """Where that image is, if the broker has named it: until the domain is gone it may have to be taken back."""
+
+    def image_path(self, request: Save | Restore, grants: Grants) -> str:
+        """Return the path of an image in a directory of the host's policy; raise XenvmError if it is not this VM's."""
+        if request.directory >= len(self.policy.image_directories):
+            raise XenvmError("the host's policy has no such directory", code=ExitCode.PERMISSION_REFUSED)
+        path = f"{self.policy.image_directories[request.directory]}/{request.file}"
+        if not request.file.startswith(grants.uuid):
+            raise XenvmError(
+                f"{path[:1000]}: in this directory a VM has images whose names begin with its uuid",
+                hint=f"{grants.uuid}.img would be one",
+                code=ExitCode.PERMISSION_REFUSED,
+            )
+        return path
+
+    def runs_on(self) -> None:
+        """Take back an image whose guest has run on: its name is again that of the older file, or of none."""
+        if self.image:
+            self.image.give_back()
+            self.image.close()
+            self.image = None
+
+    def does_not_run(self) -> None:
+        """Let go of the file that an image has replaced: the guest is in the image, and nowhere else."""
+        if self.image:
+            self.image.confirm()
+            self.image.close()
+            self.image = None
 
     def wanted(self, grants: Grants) -> Wanted:
         """Return what a new domain gets: the config's devices (without empty CD drives) and the added ones."""

@@ -209,7 +209,7 @@ class Broker:
             self._work.close()
         suspended = op in LEAVES_SUSPENDED or (self._book.saved and op is not Op.DESTROY)
         if suspended and self._phase is VmPhase.BUILT:
-            let_run(self._grants, self._domid, self._log, self._acts)
+            let_run(self._book, self._grants, self._domid, self._log, self._acts)
         if self._keeping:
             self._keeping.close()
         forget(self._postponed)

@@ -56,6 +56,7 @@ def introduction(
         policy=policy,
         directories=host_policy.directories,
         fields=fields,
+        image_directories=host_policy.image_directories,
     )
 
 

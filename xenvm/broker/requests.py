@@ -6,7 +6,7 @@ from __future__ import annotations
 from xenvm.boundary.devices import Kind, NicGrant
 from xenvm.boundary.images import Restore, Save
 from xenvm.boundary.messages import Ask, DomainState, Op, Plug, Rebridge, Unplug
-from xenvm.broker import images
+from xenvm.broker import host, images
 from xenvm.broker.phases import ON_DEVICES, PERMITS, REBUILDING
 from xenvm.broker.plugging import Wanted
 from xenvm.broker.work import POSTPONED_LIMIT, Change
@@ -58,6 +58,12 @@ def change_of(request: Request, book: Book, grants: Grants, descriptors: list[in
     if isinstance(request, Rebridge):
         nic = NicGrant(request.device, request.bridge, NO_ADDRESS)
         return Change(Wanted((), (book.bridged(nic, grants),)), timeout_s=timeout_s)
+    path = book.image_path(request, grants) if request.directory >= 0 and not descriptors else ""
+    if path:
+        acts.append("image", file=path)
+        if isinstance(request, Save):
+            return Change(path=path, timeout_s=request.timeout_s)
+        descriptors.append(host.open_in(*path.rsplit("/", 1), read_only=True))
     if len(descriptors) != 1:
         raise UsageError("an image comes as an open descriptor")
     if isinstance(request, Restore):
@@ -82,7 +88,14 @@ def note(book: Book, work: Work, done: Done) -> None:
         book.seen(done.devices)
     if work.op in REBUILDING | {Op.SAVE, Op.CHECKPOINT, Op.RESUME}:
         book.saved = work.op is Op.SAVE
+    if work.place and work.op is Op.SAVE:
+        book.image, work.place = work.place, None
+    elif work.place:
+        work.place.confirm()
+    elif work.op is Op.RESUME:
+        book.runs_on()
     if done.domain.state is DomainState.ABSENT and work.op not in ON_DEVICES:
+        book.does_not_run()
         book.domain_gone(for_good=not book.saved)
 
 

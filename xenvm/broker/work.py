@@ -16,6 +16,7 @@ from xenvm.broker.phases import PERMITS, RESTORING, SAVING
 from xenvm.broker.plugging import Plugging, Wanted
 from xenvm.context import suppress
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
+from xenvm.imageplace import Target
 from xenvm.record import Record
 
 TYPE_CHECKING = False
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from xenvm.boundary.checks import Message
     from xenvm.boundary.messages import Domain, Grants
     from xenvm.broker.actlog import ActLog
+    from xenvm.broker.book import Book
     from xenvm.broker.spares import Spares
 
 POSTPONED_LIMIT: Final = 16  # an honest supervisor asks for one thing after the other
@@ -33,6 +35,7 @@ POSTPONED_LIMIT: Final = 16  # an honest supervisor asks for one thing after the
 class Change(Record):
     """What a job is about: devices to be plugged or taken away, or a save image, as an open descriptor (-1: none).
 
+    `path` is where a new image is to be, in a directory that the host's policy opens.
     `timeout_s` is how long a guest may take. With `disc` only a disc in a CD drive is taken away.
     """
 
@@ -42,6 +45,7 @@ class Change(Record):
     force: bool = False
     timeout_s: int = 40
     image: int = -1
+    path: str = ""
 
     def job(self, op: Op, domid: int, grants: Grants, plugging: Plugging | None) -> Job:
         """Return what a builder or hotplug worker is told of it."""
@@ -85,6 +89,8 @@ class Work:
         """What the builder has not been told yet: it waits for the kernel."""
         self.kernel: Kernel | None = None
         self.initrd = -1
+        self.place: Target | None = None
+        """Where the broker itself is to give a new image its name."""
 
     def begin(self, domid: int, grants: Grants, images: list[int], log: int, spares: Spares) -> None:
         """Take over the images, kernel first, and give the helper its job when they are ready.
@@ -93,6 +99,9 @@ class Work:
         """
         wanted = self.change.wanted
         try:
+            if self.change.path:
+                self.place = Target(self.op, self.change.path)
+                self.change = self.change.but(image=self.place.file)
             self.initrd = images[1] if len(images) > 1 else -1
             self.kernel = Kernel(images[0], grants.uuid, log) if images else None
             if wanted.disks or wanted.vifs:
@@ -153,11 +162,20 @@ class Work:
             self.initrd = -1
 
     def outcome(self, known: Domain) -> Message:
-        """Return what its helper has answered, or that it did not, and why."""
+        """Return what its helper has answered, or that it did not, and why; an image that is whole gets its name."""
+        if self.place and isinstance(self.result, Done):
+            try:
+                self.place.take_over()
+            except XenvmError as error:
+                self.result = None
+                return failed(self.sequence, error, known)
         return self.result or failed(self.sequence, how_it_failed(self), known)
 
     def close(self) -> None:
-        """Close what came with the request, and the kernel."""
+        """Close what came with the request, the place of an image, and the kernel."""
+        if self.place:
+            self.place.close()
+            self.place = None
         if self.kernel:
             self.kernel.close()
             self.kernel = None
@@ -203,7 +221,7 @@ def log_job(acts: ActLog, act: str, op: Op, urgent: bool, **details: object) -> 
             raise
 
 
-def let_run(grants: Grants, domid: int, log: int, acts: ActLog) -> None:
+def let_run(book: Book, grants: Grants, domid: int, log: int, acts: ActLog) -> None:
     """Have a guest that a save has left suspended run on; with its monitor ending, nobody else would.
 
     Without space for the act log that is done all the same.
@@ -216,6 +234,8 @@ def let_run(grants: Grants, domid: int, log: int, acts: ActLog) -> None:
         answer = ask_once(builder, Job(Op.RESUME, grants.uuid, domid, grants), PERMITS[Op.RESUME].deadline_s)
     except XenvmError as error:
         why = error.message[:200]
+    if isinstance(answer, Done):
+        book.runs_on()
     with suppress(XenvmError):
         acts.append("result", op=Op.RESUME.value, result=type(answer).__name__ if answer else why)
 

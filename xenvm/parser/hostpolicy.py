@@ -4,6 +4,7 @@
 default-bridge = "br0"
 bridges = ["br0", "dmz"]    # those a card may be added to or moved to while a guest runs
 disk-directories = ["/srv/discs"]    # those whose files may be added as disks by clients who cannot open them
+image-directories = ["/srv/images"]    # those in which clients who cannot write there may have save images
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ if TYPE_CHECKING:
 PATH: Final = "/etc/xenvm/policy.toml"
 LIMIT_BYTES: Final = 16 * 1024
 NO_POLICY: Final = HostPolicy("", ())
-_KEYS: Final = {"default-bridge": "default_bridge", "bridges": "bridges", "disk-directories": "directories"}
+_KEYS: Final = {
+    "default-bridge": "default_bridge",
+    "bridges": "bridges",
+    "disk-directories": "directories",
+    "image-directories": "image_directories",
+}
 
 
 def prepare(descriptor: int) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from xenvm.boundary.images import Restore, Save
 from xenvm.boundary.messages import Op
-from xenvm.errors import WrongStateError
+from xenvm.errors import ExitCode, ProtocolError, UsageError, WrongStateError, XenvmError
 from xenvm.supervisor.commands import boolean, seconds
 from xenvm.supervisor.states import Event
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from typing import Final
 
     Params = Mapping[str, str]
@@ -40,6 +40,31 @@ def request(name: str, sequence: int, params: Params) -> tuple[Event, Op, Save |
     if name == "checkpoint":
         return Event.CHECKPOINT, Op.CHECKPOINT, Save(sequence, True, timeout_s)
     return Event.SUSPEND, Op.SAVE, Save(sequence, False, timeout_s)
+
+
+def placed(
+    name: str, message: Save | Restore, handed: int, params: Params, directories: Sequence[str]
+) -> Save | Restore:
+    """Return the request if its file was `handed` over; else the file is in a directory that is open to clients.
+
+    Raise XenvmError when it is not.
+    """
+    if handed == 1:
+        return message
+    path = params.get("file", "")
+    directory, _, file = path.rpartition("/")
+    if not file or directory not in directories:
+        raise XenvmError(
+            f"{name}: {path[:200]!a} was not handed over, and lies in no directory that is open to clients",
+            hint="name a file that you may open, or its directory under image-directories in /etc/xenvm/policy.toml",
+            code=ExitCode.PERMISSION_REFUSED,
+        )
+    if boolean(params, "delete"):
+        raise UsageError(f"{name}: delete=true: an image in {directory} is removed by those who may write there")
+    try:
+        return type(message).from_body(message.but(directory=[*directories].index(directory), file=file).as_body())
+    except ProtocolError as error:
+        raise UsageError(f"{name}: file: {error.message}") from None
 
 
 def size(text: str) -> dict[str, object]:

@@ -478,9 +478,10 @@ class Supervisor(Desk):
         after, _ = step(self._vm, Happening(event, now_s))  # raises before anything has changed
         handed = client.take_handed()
         try:
-            if len(handed) != 1 or not client.modern:
+            if not client.modern:
                 raise UsageError(f"{name}: the file comes as an open descriptor", hint="xenvm-cmd opens and sends it")
-            self._broker.send(message, handed)
+            known = (request.params, self._init.image_directories)
+            self._broker.send(images.placed(name, message, len(handed), *known), handed)
         finally:
             for descriptor in handed:
                 os.close(descriptor)
