@@ -20,13 +20,18 @@ KERNEL = "/lab/vmlinux"
 CMDLINE = "console=hvc0 mitigations=off rodata=off"
 XENVM_FILE = Path("/run/bench.xenvm")
 XL_FILE = Path("/run/bench.xl")
-XENVM_FILE.write_text(
-    f"uuid = {UUID}\nname = bench-xenvm\nkernel = {KERNEL}\ninitrd = /lab/guest.gz\ncmdline = {CMDLINE}\nmemory = 128\n"
-)
-XL_FILE.write_text(
-    f"name = 'bench-xl'\ntype = 'pv'\nkernel = '{KERNEL}'\nramdisk = '/lab/guest.gz'\ncmdline = '{CMDLINE}'\n"
-    "memory = 128\nvcpus = 1\n"
-)
+
+
+def describe(memory_mib: int, compression: str) -> None:
+    """Write the config files of both."""
+    XENVM_FILE.write_text(
+        f"uuid = {UUID}\nname = bench-xenvm\nkernel = {KERNEL}\ninitrd = /lab/guest.gz\ncmdline = {CMDLINE}\n"
+        f"memory = {memory_mib}\nimage-compression = {compression}\n"
+    )
+    XL_FILE.write_text(
+        f"name = 'bench-xl'\ntype = 'pv'\nkernel = '{KERNEL}'\nramdisk = '/lab/guest.gz'\ncmdline = '{CMDLINE}'\n"
+        f"memory = {memory_mib}\nvcpus = 1\n"
+    )
 
 
 class Peak(threading.Thread):
@@ -90,40 +95,77 @@ def pair(name: str, ours_s: list[float], theirs_s: list[float]) -> None:
     print(f"| {name} | {cell(ours_s)} | {cell(theirs_s)} | {statistics.median(ratios):.2f} |", flush=True)
 
 
-def main() -> None:
-    """Measure and print."""
-    rounds = int(sys.argv[1])
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
-        one, other = f"{folder}/xenvm.img", f"{folder}/xl.img"
-        save = (("xenvm-cmd", UUID, "suspend", one), ("xl", "save", "bench-xl", other))
-        back = (("xenvm-cmd", UUID, "restore", one), ("xl", "restore", other))
+class Pair:
+    """Two running guests of one size, and their images."""
+
+    def __init__(self, folder: str, memory_mib: int) -> None:
+        self.memory_mib = memory_mib
+        self.files = Path(folder) / "xenvm.img", Path(folder) / "xl.img"
+        self.commands = {
+            "save": (
+                ("xenvm-cmd", UUID, "suspend", str(self.files[0])),
+                ("xl", "save", "bench-xl", str(self.files[1])),
+            ),
+            "restore": (("xenvm-cmd", UUID, "restore", str(self.files[0])), ("xl", "restore", str(self.files[1]))),
+        }
+        describe(memory_mib, "none")
         timed("xenvm", str(XENVM_FILE))
         timed("xl", "create", "-q", str(XL_FILE))
         time.sleep(20)
-        times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ("save", "restore")}
+
+    def compress(self, compression: str) -> None:
+        """Let xenvm write images so from now on."""
+        describe(self.memory_mib, compression)
+        timed("xenvm-cmd", UUID, "read-config")
+
+    def times(self, rounds: int) -> dict[str, tuple[list[float], list[float]]]:
+        """Save and restore both, several times."""
+        times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in self.commands}
         for _ in range(rounds):
-            for name, commands in (("save", save), ("restore", back)):
+            for name, commands in self.commands.items():
                 for side, command in enumerate(commands):
                     times[name][side].append(timed(*command))
                 time.sleep(5)
-        peaks = [
+        return times
+
+    def peaks(self) -> list[list[int]]:
+        """Save and restore both once more; return how much memory each took."""
+        return [
             [watched(mine, *command) for mine, command in zip((ours, theirs), commands, strict=True)]
-            for commands in (save, back)
+            for commands in self.commands.values()
         ]
-        files = [Path(path).stat() for path in (one, other)]
+
+    def end(self) -> None:
+        """End both."""
         timed("xenvm-cmd", UUID, "destroy")
         timed("xenvm-cmd", UUID, "quit")
         timed("xl", "destroy", "bench-xl")
-    print("\n| a guest of 128 MiB | xenvm | xl | ratio |\n|---|---|---|---|")
-    for name, (ours_s, theirs_s) in times.items():
-        pair(name, ours_s, theirs_s)
-    for name, (mine, other_kib) in zip(times, peaks, strict=True):
-        print(f"| {name}: peak proportional memory | {mine} KiB | {other_kib} KiB | {mine / other_kib:.2f} |")
-    mine, other_file = files
-    print(f"| length of the image | {mine.st_size >> 20} MiB | {other_file.st_size >> 20} MiB | ", end="")
-    print(f"{mine.st_size / other_file.st_size:.2f} |")
-    print(f"| space on the disk | {mine.st_blocks >> 11} MiB | {other_file.st_blocks >> 11} MiB | ", end="")
-    print(f"{mine.st_blocks / other_file.st_blocks:.2f} |")
+
+
+def ratio(name: str, mine: int, other: int, unit: str) -> None:
+    """Print one row of numbers that are measured once."""
+    print(f"| {name} | {mine} {unit} | {other} {unit} | {mine / other:.2f} |", flush=True)
+
+
+def main() -> None:
+    """Measure and print."""
+    rounds = int(sys.argv[1])
+    print("\n| | xenvm | xl | ratio |\n|---|---|---|---|")
+    for memory_mib in (128, 384):
+        with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+            both = Pair(folder, memory_mib)
+            for compression in ("none", "zstd"):
+                both.compress(compression)
+                what = f"{memory_mib} MiB" + (f", {compression}" if compression != "none" else "")
+                if memory_mib == 128:
+                    for name, (ours_s, theirs_s) in both.times(rounds).items():
+                        pair(f"{what}: {name}", ours_s, theirs_s)
+                for name, peaks in zip(both.commands, both.peaks(), strict=True):
+                    ratio(f"{what}: {name}: peak proportional memory", *peaks, "KiB")
+                one, other = (path.stat() for path in both.files)
+                ratio(f"{what}: length of the image", one.st_size >> 20, other.st_size >> 20, "MiB")
+                ratio(f"{what}: space on the disk", one.st_blocks >> 11, other.st_blocks >> 11, "MiB")
+            both.end()
 
 
 main()

@@ -4,70 +4,13 @@
 import contextlib
 import os
 import re
-import signal
 import socket
-import subprocess
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
-from conftest import MIB, domains, json_of, kill, processes, run, until
-
-VERIFY = ("bin/verify-stream-v2", "-f", "xl", "-i")
-
-
-def verify(file):
-    """Let Xen's own checker read an image."""
-    base = next(path for path in sorted(Path("/usr/lib").glob("xen-4.*")) if (path / VERIFY[0]).exists())
-    done = subprocess.run(
-        ["python3", f"{base}/{VERIFY[0]}", *VERIFY[1:], str(file)],
-        env={"PYTHONPATH": f"{base}/lib/python", "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def goes_on(guest, before, stops=3, patience_s=120):
-    """The guest ticks on where it was: none again, and none missing but one for each of `stops` times it was suspended.
-
-    What is in the console's ring when a guest is saved is lost by a restore, also with xl: libxenguest clears the ring.
-    And what the guest's kernel says when it suspends and resumes can stand in the middle of a line.
-    """
-    until(lambda: len(guest.ticks()) > before + 2, "the guest ticks on", patience_s)
-    ticks = guest.ticks()
-    assert ticks == sorted(set(ticks))
-    assert len(set(range(1, ticks[-1])) - set(ticks)) <= stops
-    assert guest.boots() == 1
-
-
-def only(folder):
-    return sorted(path.name for path in Path(folder).iterdir())
-
-
-@pytest.fixture
-def folder():
-    """A place for save images on a file system of a disk, which is empty again afterwards."""
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as made:
-        yield Path(made)
-
-
-def suspend(guest, file, *words):
-    """Suspend; return what was told of it."""
-    done = run("xenvm-cmd", "--json", guest.uuid, "suspend", str(file), *words)
-    assert done.returncode == 0, done.stdout
-    return json_of(done)
-
-
-def acts(guest):
-    return Path(f"/var/log/xenvm/{guest.uuid}.acts").read_text()
-
-
-def helper(role):
-    return next((pid for pid, words in processes().items() if role in words), 0)
+from conftest import MIB, domains, processes, run, until
+from savedguest import acts, cap, goes_on, held, only, runs_on, suspend, unpacked, verify
 
 
 def test_suspend_and_restore_with_disk_and_card(vm, image, bridge, folder):
@@ -106,12 +49,6 @@ def test_suspend_and_restore_with_disk_and_card(vm, image, bridge, folder):
     guest.until("running")
 
 
-def cap(guest, percent):
-    """Limit how much of a processor the guest gets, in percent, 0 for no limit: one that has little is slow to suspend."""
-    limit = ("-d", guest.name, "-c", str(percent))
-    assert not run("xl", "sched-credit2", *limit).returncode or not run("xl", "sched-credit", *limit).returncode
-
-
 def test_checkpoint_and_what_is_refused(vm, folder):
     """The guest runs on after a checkpoint, twice; what cannot be is refused before anything is touched."""
     file = folder / "guest.img"
@@ -145,126 +82,6 @@ def test_checkpoint_and_what_is_refused(vm, folder):
     guest.cmd("restore", str(file))
     until(lambda: len(guest.ticks()) > before, "the guest ticks on from its last checkpoint")
     assert guest.boots() == 1
-
-
-def step(guest):
-    """What the monitor is at, "" when nothing."""
-    return guest.status()["step"]
-
-
-def held(guest, file, *as_user):
-    """Begin a suspend and stop its builder while it writes the image: the guest is suspended then.
-
-    Return the client and the builder's pid. One that was too fast is undone, and it is tried again.
-    """
-    for _ in range(5):
-        saving = subprocess.Popen(
-            [*as_user, "xenvm-cmd", guest.uuid, "suspend", str(file)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        until(lambda one=saving: step(guest) == "writing the image" or one.poll() is not None, "the image is written")
-        pid = helper("builder")
-        if pid:
-            os.kill(pid, signal.SIGSTOP)
-            time.sleep(0.5)  # for what it has said before
-            if step(guest) == "writing the image" and helper("builder") == pid:
-                return saving, pid
-            kill(pid, signal.SIGCONT)
-        assert saving.wait(300) == 0
-        guest.cmd("restore", str(file))
-    raise AssertionError("the builder was always too fast")
-
-
-def runs_on(guest, stops):
-    """The guest runs and ticks on from here."""
-    guest.until("running")
-    goes_on(guest, len(guest.ticks()), stops)
-
-
-def test_kill_9_in_the_middle_of_a_suspend(vm, folder):
-    """Builder, supervisor and broker, with the guest suspended: it runs on, the older image stays, no file is left."""
-    file, older = folder / "guest.img", "an older image"
-    guest = vm()
-    guest.start()
-    guest.up()
-    for turn, victim in enumerate(("builder", "supervisor", "broker"), 1):
-        saving, builder = held(guest, file)
-        file.write_text(older)
-        kill(builder if victim == "builder" else guest.pids()[victim])
-        text = saving.communicate(timeout=120)[0]
-        assert saving.returncode != 0
-        assert "SIGKILL" in text or "hung up" in text
-        if victim == "broker":
-            until(lambda: not processes(), "the rest has ended too")
-            guest.write(startup="shutdown")  # which adopts, and builds nothing
-            guest.start()
-        assert only(folder) == ["guest.img"]
-        assert file.read_text() == older
-        runs_on(guest, 6 * turn)
-    guest.shell("poweroff -f & true")  # xenstored has heard of each resume: else nobody would hear of this
-    guest.until("shutdown")
-
-
-@pytest.mark.parametrize(("victim", "delay_s"), [("builder", 0.1), ("broker", 0.2), ("broker", 0.9)])
-@pytest.mark.long
-def test_kill_9_at_some_moment_of_a_suspend(vm, folder, victim, delay_s):
-    """One that is killed too late, when the image is whole, leaves that."""
-    file, older = folder / "guest.img", "an older image"
-    guest = vm()
-    guest.start()
-    guest.up()
-    file.write_text(older)
-    jobs = acts(guest).count('"op":"save"')
-    saving = guest.begin_cmd("suspend", str(file))
-    until(lambda: acts(guest).count('"op":"save"') > jobs, "a save has begun")
-    time.sleep(delay_s)
-    pid = helper("builder") if victim == "builder" else guest.pids()[victim]
-    if pid:  # else it has ended by itself
-        kill(pid)
-    saving.communicate(timeout=120)
-    if victim == "broker":
-        until(lambda: not processes(), "the rest has ended too")
-        guest.write(startup="shutdown")
-        guest.start()
-    assert only(folder) == ["guest.img"]
-    if file.stat().st_size != len(older):
-        assert guest.state in ("suspended", "shutdown", "running")
-        verify(file)
-        guest.cmd("destroy")
-        guest.cmd("restore", str(file))
-    else:
-        assert saving.returncode != 0
-        assert file.read_text() == older
-    runs_on(guest, 8)
-
-
-def test_a_monitor_that_is_ended_lets_a_suspended_guest_run(vm, folder):
-    """SIGTERM while the image is written, and when it is whole but has no name yet; then who adopts the guest."""
-    file = folder / "guest.img"
-    guest = vm()
-    guest.start()
-    guest.up()
-    for when, stops in (("writing", 6), ("whole", 9)):
-        if when == "writing":
-            saving, _ = held(guest, file)
-            file.unlink(missing_ok=True)
-            kill(guest.broker(), signal.SIGTERM)
-            assert saving.wait(120) != 0
-            assert only(folder) == []
-        else:
-            with guest.connect() as monitor:
-                monitor.handed = os.open(file, os.O_RDWR | os.O_CREAT)
-                monitor.call("suspend", file=str(file))
-                kill(guest.broker(), signal.SIGTERM)
-                until(lambda: not guest.lock.exists(), "the monitor has ended")
-        until(lambda: not processes(), "the monitor has ended")
-        assert '"op":"resume"' in acts(guest).splitlines()[-3]
-        goes_on(guest, len(guest.ticks()), stops)  # with no monitor there
-        guest.write(startup="shutdown")
-        guest.start()
-        guest.until("running")
 
 
 def test_the_config_changes_before_a_suspend(vm, folder):
@@ -315,38 +132,6 @@ def test_the_image_of_another_vm(vm, folder):
     assert '"restore-foreign"' in acts(other)
 
 
-def test_image_and_act_log_on_one_full_disk(vm):
-    """The builder dies, and there is no space to log that: the guest runs on."""
-    logs = Path("/var/log/xenvm")
-    assert run("mount", "-t", "tmpfs", "-o", "size=200m", "none", str(logs)).returncode == 0
-    try:
-        guest = vm()
-        guest.start()
-        guest.up()
-        file = logs / "guest.img"
-        saving, builder = held(guest, file)
-        file.unlink(missing_ok=True)
-        run("dd", "if=/dev/zero", f"of={logs}/other", "bs=64k")
-        for number in range(20):  # what is left in the last page of the log
-            with contextlib.suppress(OSError), (logs / f"more{number}").open("wb", buffering=0) as more:
-                more.write(bytes(4096))
-        with contextlib.suppress(OSError), (logs / f"{guest.uuid}.acts").open("ab", buffering=0) as log:
-            while log.write(b" "):
-                pass
-        results = acts(guest).count('"act":"result","op":"save"')
-        kill(builder)
-        assert saving.wait(120) != 0
-        goes_on(guest, len(guest.ticks()), 6)
-        assert acts(guest).count('"act":"result","op":"save"') == results  # for that there was no space
-        (logs / "other").unlink()
-        if not guest.lock.exists() or not guest.pids():
-            guest.write(startup="shutdown")
-            guest.start()
-        guest.end()
-    finally:
-        run("umount", "-l", str(logs))
-
-
 @pytest.mark.long
 def test_a_user_saves_into_a_directory_that_the_policy_opens(vm, folder):
     """Where only root may write, a member of the group xenvm has images of this VM, and no other files."""
@@ -392,14 +177,6 @@ def test_a_user_saves_into_a_directory_that_the_policy_opens(vm, folder):
         policy.unlink()
 
 
-def unpacked(file):
-    """What the program zstd makes of an image, beside it."""
-    plain = file.with_suffix(".plain")
-    done = run("zstd", "-d", "-q", "-f", str(file), "-o", str(plain))
-    assert done.returncode == 0, done.stderr
-    return plain
-
-
 def test_a_compressed_image(vm, folder):
     """It is small, the guest comes back from it, and what zstd makes of it is an image for xl."""
     file = folder / "guest.img"
@@ -436,42 +213,6 @@ def test_a_compressed_image(vm, folder):
     until(lambda: len(guest.ticks()) > before, "the guest ticks on from its checkpoint")
     assert only(folder) == []
     assert "image_compression" not in suspend(guest, file)
-
-
-@pytest.mark.long
-def test_a_packer_that_is_killed_or_has_no_room(vm, folder, tmp_path):
-    """The guest runs on, no file is left, and the reply says why."""
-    guest = vm(**{"image-compression": "zstd"})
-    guest.start()
-    guest.up()
-    file, older = folder / "guest.img", "an older image"
-    file.write_text(older)
-    cap(guest, 1)
-    saving = guest.begin_cmd("suspend", str(file))
-    builder = asked(guest, saving)
-    cap(guest, 0)
-    kill(helper("stream"))
-    kill(builder, signal.SIGCONT)
-    text = saving.communicate(timeout=120)[0]
-    assert saving.returncode == 1
-    assert "the stream worker died of SIGKILL; the guest runs on" in text
-    assert (only(folder), file.read_text()) == (["guest.img"], older)
-    runs_on(guest, 4)
-    place = tmp_path / "small"
-    for turn, size in enumerate((16, 60), 1):
-        with small_disk(place, size * MIB) as resize:
-            cap(guest, 1 if turn == 2 else 0)
-            saving = guest.begin_cmd("checkpoint", str(place / "guest.img"))
-            if turn == 2:
-                builder = asked(guest, saving)
-                resize(8 * MIB)
-                cap(guest, 0)
-                kill(builder, signal.SIGCONT)
-            text = saving.communicate(timeout=120)[0]
-            assert saving.returncode == 1
-            assert ("No space left" if turn == 2 else "are free") in text
-            assert only(place) == []
-            runs_on(guest, 4 + 2 * turn)
 
 
 @pytest.mark.long
@@ -556,117 +297,6 @@ def test_the_start_of_a_monitor_restores(vm, folder):
     failed = guest.start(code=1).stderr
     assert str(file) in failed
     assert guest.left() == []
-
-
-@contextlib.contextmanager
-def small_disk(place, size_bytes):
-    """A file system of such a size. Give what lets it grow."""
-    place.mkdir(exist_ok=True)
-
-    def sized(size_bytes, *words):
-        done = run(
-            "mount", *words, "-t", "tmpfs", "-o", f"{'remount,' * bool(words)}size={size_bytes}", "none", str(place)
-        )
-        assert done.returncode == 0, done.stderr
-
-    sized(size_bytes)
-    try:
-        yield lambda size_bytes: sized(size_bytes, "-o", "remount")
-    finally:
-        run("umount", str(place))
-
-
-def asked(guest, saving):
-    """Wait until the builder waits for the guest to suspend, and stop it there; return its pid."""
-    until(lambda: step(guest) == "waiting for the guest to suspend", "the guest is asked to suspend")
-    pid = helper("builder")
-    os.kill(pid, signal.SIGSTOP)
-    time.sleep(0.5)  # for what it has said before
-    assert step(guest) == "waiting for the guest to suspend"
-    assert saving.poll() is None
-    return pid
-
-
-@pytest.mark.long
-def test_no_space(vm, tmp_path):
-    """No room at all; or there is when the save begins, and others take it: the guest runs on, the older image stays."""
-    place = tmp_path / "small"
-    file = place / "guest.img"
-    guest = vm()
-    guest.start()
-    guest.up()
-    image_bytes = 128 * MIB
-    for turn, percent in enumerate((0, 1, 50, 99), 1):
-        before = len(guest.ticks())
-        with small_disk(place, 16 * MIB if not percent else 200 * MIB) as resize:
-            file.write_text("an older image")
-            cap(guest, 1 if percent else 0)  # so that it takes its time to suspend
-            saving = guest.begin_cmd("suspend", str(file))
-            if percent:
-                builder = asked(guest, saving)
-                cap(guest, 0)
-                resize(image_bytes * percent // 100)
-                kill(builder, signal.SIGCONT)
-            text = saving.communicate(timeout=300)[0]
-            assert saving.returncode == 1, text
-            assert ("No space left" if percent else "are free") in text
-            assert "make room" in text
-            assert file.read_text() == "an older image"
-            assert only(place) == ["guest.img"]
-            goes_on(guest, before, stops=2 * turn)
-            guest.until("running")
-            file.unlink()
-            room = os.statvfs(place)
-            assert room.f_bfree == room.f_blocks, "the space of the part is free again"
-    guest.shell("echo and its console answers")
-
-
-def test_two_saves_at_once_and_cancel(vm, folder):
-    guest = vm()
-    guest.start()
-    guest.up()
-    saving, _ = held(guest, folder / "one")
-    (folder / "one").unlink(missing_ok=True)
-    assert "busy with suspend" in guest.cmd("suspend", str(folder / "two"), code=9).stderr
-    guest.cmd("cancel")
-    text = saving.communicate(timeout=120)[0]
-    assert saving.returncode == 1, text
-    assert "cancelled" in text
-    assert only(folder) == []
-    runs_on(guest, 6)
-
-
-@pytest.mark.long
-def test_bad_images_leave_nothing(vm, folder):
-    """Cut off, damaged, foreign, of another size: refused in words before there is a domain; the file stays."""
-    good = folder / "good.img"
-    guest = vm()
-    guest.start()
-    guest.up()
-    before = len(guest.ticks())
-    suspend(guest, good)
-    content = good.read_bytes()
-    damaged = bytearray(content)
-    damaged[len(content) // 2] ^= 0xFF
-    for name, bad, words in (
-        ("cut", content[: len(content) // 2], "cut off"),
-        ("damaged", bytes(damaged), "damaged"),
-        ("foreign", b"\x7fELF" + bytes(1000), "no save image"),
-        ("empty", b"", "cut off"),
-    ):
-        file = folder / name
-        file.write_bytes(bad)
-        assert words in guest.cmd("restore", str(file), "delete=true", code=1).stderr
-        assert file.read_bytes() == bad
-        assert guest.uuid not in domains()
-        assert acts(guest).count('"op":"restore"') > 0
-    guest.write(memory=160)
-    guest.cmd("read-config")
-    assert "128 MiB of memory, this VM has 160 MiB" in guest.cmd("restore", str(good), code=5).stderr
-    guest.write(memory=128)
-    guest.cmd("read-config")
-    guest.cmd("restore", str(good))
-    goes_on(guest, before)
 
 
 class Caller:

@@ -189,6 +189,32 @@ def test_who_adopts_a_guest_that_runs_tells_xenstored(xen, store, domain, told):
     assert store.resumed == told
 
 
+@pytest.mark.parametrize(
+    ("state", "wakes", "woken"),
+    [
+        (DomainState.PAUSED, True, 1),  # its builder died just before it ran
+        (DomainState.RUNNING, True, 0),  # or just after
+        (DomainState.PAUSED, False, 0),  # somebody has paused it
+    ],
+)
+def test_a_domain_whose_builder_died_before_it_ran_is_let_run(xen, store, state, wakes, woken):
+    store.make = store.permissions = lambda *_: None
+    xen.domain, unpaused = RUNNING.but(state=state), []
+
+    def unpause(domid):
+        unpaused.append(domid)
+        xen.domain = RUNNING
+
+    xen.unpause = unpause
+    tree.write_record(store, UUID, 7, Phase.BUILT, "1:2:3", wakes=wakes)
+    for _ in range(2):
+        done = Builder(xen, store, None, lambda *_: None).run(job(Op.FIND), [])
+        assert unpaused == [7] * woken
+        assert done.domain.state is (DomainState.RUNNING if woken or wakes else state)
+        assert done.text == "1:2:3"
+    assert not tree.wakes(store, UUID)
+
+
 @pytest.mark.parametrize("restored", ["", "8:77:1795745961"])
 def test_the_record_says_which_image_a_domain_came_from(xen, store, restored):
     store.make = store.permissions = lambda *_: None

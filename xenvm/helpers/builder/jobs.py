@@ -121,10 +121,19 @@ class Builder:
                     self._store.resume(recorded)
             devices.settle(self._store, uuid, recorded)
             self._seen = devices.look(self._store, uuid, recorded)
-            return domains[0].but(phase=phase)
+            return self._awake(uuid, domains[0]).but(phase=phase)
         self._progress("removing what an earlier monitor left", 0, 0)
         self._destroy(uuid)
         return NO_DOMAIN
+
+    def _awake(self, uuid: str, domain: Domain) -> Domain:
+        """Let a whole domain run whose builder died before it could; return it as it is then."""
+        if not tree.wakes(self._store, uuid):
+            return domain
+        if domain.state is DomainState.PAUSED:
+            self._xen.unpause(domain.domid)
+        tree.woken(self._store, uuid)
+        return self._xen.look(domain.domid, uuid) or domain
 
     # Building
 
@@ -141,10 +150,11 @@ class Builder:
         tree.write_record(self._store, job.uuid, -1, Phase.BUILDING)
         try:
             domid = self._assemble(job, load)
-            if job.op not in PAUSED:
+            wakes = job.op not in PAUSED
+            tree.write_record(self._store, job.uuid, domid, Phase.BUILT, job.restored, wakes=wakes)
+            if wakes:
                 self._xen.unpause(domid)
-            # last: else nobody would let it run
-            tree.write_record(self._store, job.uuid, domid, Phase.BUILT, job.restored)
+                tree.woken(self._store, job.uuid)
         except BaseException:
             self._destroy(job.uuid)
             raise

@@ -45,8 +45,11 @@ def record_path(uuid: str) -> str:
     return f"{RECORDS}/{uuid}"
 
 
-def write_record(store: Store, uuid: str, domid: int, phase: Phase, restored: str = "") -> None:
-    """Note what we are about to do (BUILDING) or have done (BUILT) for `uuid`, and which image was `restored`."""
+def write_record(store: Store, uuid: str, domid: int, phase: Phase, restored: str = "", *, wakes: bool = False) -> None:
+    """Note what we are about to do (BUILDING) or have done (BUILT) for `uuid`, and which image was `restored`.
+
+    With `wakes` the domain is whole and still paused, and whoever finds it so is to let it run.
+    """
 
     def steps() -> None:
         path = record_path(uuid)
@@ -56,6 +59,8 @@ def write_record(store: Store, uuid: str, domid: int, phase: Phase, restored: st
         store.write(f"{path}/phase", phase.value)
         if restored:
             store.write(f"{path}/restored", restored)
+        if wakes:
+            store.write(f"{path}/wakes", "1")
 
     store.transaction(steps)
 
@@ -76,6 +81,16 @@ def read_restored(store: Store, uuid: str) -> str:
     """Return which image the domain came from, "" for none."""
     value = store.read(f"{record_path(uuid)}/restored") or b""
     return value.decode("ascii", "replace")
+
+
+def wakes(store: Store, uuid: str) -> bool:
+    """Tell whether the domain is still to be let run for the first time."""
+    return store.read(f"{record_path(uuid)}/wakes") is not None
+
+
+def woken(store: Store, uuid: str) -> None:
+    """Note that the domain runs."""
+    store.remove(f"{record_path(uuid)}/wakes")
 
 
 def write_skeleton(store: Store, domid: int, uuid: str, name: str) -> None:
