@@ -442,13 +442,13 @@ def test_two_hundred_mutated_images(vm, folder):
     """Each is refused in words of what is wrong, over four monitors; none makes a domain, crashes a process, or leaks."""
     saved = {}
     for compression in ("none", "zstd"):
-        guest = vm(memory=64, **{"image-compression": compression})
+        guest = vm(**{"image-compression": compression})
         guest.start()
         guest.up()
         saved[compression] = folder / compression
         suspend(guest, saved[compression])
         guest.end()
-    others = [vm(memory=64, startup="shutdown") for _ in range(4)]
+    others = [vm(startup="shutdown") for _ in range(4)]
     for one in others:
         one.start()
     counts = [len(os.listdir(f"/proc/{one.broker()}/fd")) for one in others]
