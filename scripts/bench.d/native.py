@@ -8,18 +8,23 @@ import os
 import resource
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+from xenvm.boundary.checks import Message
 from xenvm.boundary.frames import Channel
-from xenvm.boundary.messages import NO_DOMAIN, Domain, DomainState, Done, Init, Phase, Policy
+from xenvm.boundary.images import Inspect, Pack
+from xenvm.boundary.messages import NO_DOMAIN, Domain, DomainState, Done, Grants, Init, Phase, Policy
 from xenvm.boundary.privileges import Role
 from xenvm.boundary.spawn import spawn
 from xenvm.broker.children import Child
 from xenvm.cli.client import Monitor
+from xenvm.helpers import saved
+from xenvm.helpers.stream import records
 
 UUID = "00000000-0000-0000-0000-0000000be0a7"
 COMMANDS = 2000
@@ -28,7 +33,9 @@ ROLES = {
     Role.STORAGE: (),
     Role.IMAGE: (),
     Role.UNPACKER: ("unpack",),
+    Role.STREAM: (),
 }
+IDLE = (True, (), (), False, "", (), (), 40)  # the rest of a guest's grants
 
 
 def row(name: str, values: list[float], spent: list[float], unit: str = "ms", factor: float = 1000) -> None:
@@ -96,6 +103,80 @@ def frames(rounds: int) -> None:
     row("a frame sent and decoded", [seconds / 1000 for seconds in wall], [0.0], "us", 1_000_000)
 
 
+def record(kind: int, body: bytes = b"") -> bytes:
+    """Return a record of a stream of libxenguest."""
+    return saved.RECORD.pack(kind, len(body)) + body + bytes(-len(body) % 8)
+
+
+def image(memory_mib: int) -> Iterator[bytes]:
+    """Yield an image of a guest of this size as a builder writes it; half of its pages are zero, the others random."""
+    frames = memory_mib << 8
+    yield saved.head(Grants(UUID, "bench", "/k", "", "", memory_mib, memory_mib, 1, *IDLE)).content
+    yield records.LIBXC.pack(records.LIBXC_MARKER, records.LIBXC_IDENT, records.LIBXC_VERSION, 0, 0, 0)
+    yield records.DOMAIN.pack(records.PV, records.PAGE_SHIFT, 0, 4, 17)
+    yield record(records.PV_INFO, bytes([8, 4, 0, 0, 0, 0, 0, 0])) + record(records.CPUID_POLICY, bytes(24))
+    yield record(records.STATIC_DATA_END)
+    yield record(records.P2M_FRAMES, struct.pack("<II", 0, frames - 1) + bytes(8 * (frames // 512)))
+    zeros, size = bytes(records.PAGE_BYTES), records.PAGE_BYTES * records.PAGES_LIMIT // 2
+    for first in range(0, frames, records.PAGES_LIMIT):
+        numbers = struct.pack(f"<{records.PAGES_LIMIT}Q", *range(first, first + records.PAGES_LIMIT))
+        noise = os.urandom(size)
+        contents = b"".join(noise[at : at + records.PAGE_BYTES] + zeros for at in range(0, size, records.PAGE_BYTES))
+        yield record(records.PAGE_DATA, records.PAGES.pack(records.PAGES_LIMIT, 0) + numbers + contents)
+    yield record(records.SHARED_INFO, bytes(4096)) + record(records.VCPU_BASIC, bytes(64)) + record(records.END)
+    yield saved.TAIL
+
+
+def peak_kib(pid: int) -> int:
+    """Return the most memory that a process has had resident."""
+    with open(f"/proc/{pid}/status", encoding="ascii") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+
+def worker(request: Message, *descriptors: int) -> Child:
+    """Start a stream worker with its request."""
+    child = Child(Role.STREAM, 2, {}, UUID)
+    child.channel.receive(deadline_s=30)
+    child.channel.send(request, descriptors)
+    os.close(descriptors[1])
+    return child
+
+
+def packed(memory_mib: int) -> None:
+    """Have an image compressed, checked, and fed to a builder; print how long it took, and how much memory."""
+    with tempfile.TemporaryFile(dir="/var/tmp") as file:
+        exit_end, entrance = os.pipe()
+        child = worker(Pack(memory_mib << 10), file.fileno(), exit_end)
+        child.channel.receive(deadline_s=30)
+        begin = time.monotonic()
+        with os.fdopen(entrance, "wb") as pipe:
+            for piece in image(memory_mib):
+                pipe.write(piece)
+            pipe.flush()
+            pack_kib = peak_kib(child.pid)
+        child.channel.receive(deadline_s=600)
+        pack_s = time.monotonic() - begin
+        child.end()
+        length = os.fstat(file.fileno()).st_size
+        exit_end, entrance = os.pipe()
+        begin = time.monotonic()
+        child = worker(Inspect(memory_mib << 10), file.fileno(), entrance)
+        child.channel.receive(deadline_s=600)
+        check_s = time.monotonic() - begin
+        left = 0
+        while more := len(os.read(exit_end, 1 << 20)):
+            if left // (64 << 20) != (left + more) // (64 << 20):
+                feed_kib = peak_kib(child.pid)
+            left += more
+        os.close(exit_end)
+        child.end()
+    what = f"image of {memory_mib} MiB"
+    print(f"| {what}: compressed to {length >> 20} MiB | {pack_s:.2f} s | peak {pack_kib >> 10} MiB |")
+    print(
+        f"| {what}: unpacked and checked, then fed | {check_s:.2f} s before | peak {feed_kib >> 10} MiB |", flush=True
+    )
+
+
 def main() -> None:
     """Measure and print."""
     rounds = int(sys.argv[1])
@@ -105,6 +186,8 @@ def main() -> None:
     for role, arguments in ROLES.items():
         turns = measured(rounds, lambda role=role, arguments=arguments: greeted(role, *arguments))
         row(f"{role}: started, confined, greeted, ended", *turns)
+    for memory_mib in (128, 1024):
+        packed(memory_mib)
     frames(rounds)
     commands()
 
