@@ -84,6 +84,7 @@ def test_checkpoint_and_what_is_refused(vm, folder):
     assert guest.boots() == 1
 
 
+@pytest.mark.long
 def test_the_config_changes_before_a_suspend(vm, folder):
     """The image tells of the guest that is in it, and comes back once the config is that one again."""
     file = folder / "guest.img"
@@ -104,6 +105,7 @@ def test_the_config_changes_before_a_suspend(vm, folder):
     runs_on(guest, 3)
 
 
+@pytest.mark.long
 def test_a_guest_with_a_vcpu_switched_off(vm, folder):
     file = folder / "guest.img"
     guest = vm(vcpus=3)
