@@ -385,6 +385,7 @@ def test_round_after_round(busy, folder):
         assert only(folder) == []
         goes_on(guest, before, stops=2 * turn + 2)
         sound()
+        print(f"round {turn} at tick {guest.ticks()[-1]}", flush=True)
     until(lambda: "connected" in guest.cmd("disk-list").stdout, "the disk is connected")
 
 
