@@ -151,6 +151,23 @@ def test_a_packer_that_fails_at_the_end_has_the_guest_run_on(xen, store):
     assert (xen.resumed, xen.domain) == (1, RUNNING)
 
 
+def test_where_nobody_can_compress_the_guest_is_not_even_asked_to_suspend(xen, store):
+    class Nobody(Packer):
+        def packing(self):
+            raise XenvmError("libzstd.so.1 is not on this host")
+
+    readable, writable = os.pipe()
+    with pytest.raises(XenvmError, match="libzstd"):
+        Saving(xen, store, job(grants=GRANTS.but(image_compression="zstd")), lambda *_: None, Nobody()).run(
+            writable, RUNNING, go_on=False
+        )
+    os.close(writable)
+    with os.fdopen(readable, "rb") as pipe:
+        assert pipe.read() == b""
+    assert xen.domain is RUNNING
+    assert f"{HOME}/control/shutdown" not in store.nodes
+
+
 def test_vcpus_that_are_offline_count(xen, store):
     xen.made_with = 3
     assert save(xen, store)["max_vcpus"] == 3
