@@ -160,7 +160,7 @@ class XenHost:
         """Let guests run for a while."""
         time.sleep(seconds)
 
-    def slow(self, _milliseconds=100):
+    def slow(self, _milliseconds=100, _calls=()):
         """Make a build take long enough to act meanwhile: here it does."""
 
     def directory(self):
@@ -462,6 +462,12 @@ def vm(host):
         except (AssertionError, XenvmError, OSError) as error:
             left.append(f"{one.uuid}: {error}: {one.left()}")
     assert left == []
+
+
+@pytest.fixture
+def folder(host):
+    """A place for save images on a file system of a disk."""
+    return host.directory()
 
 
 @pytest.fixture(autouse=True)

@@ -137,7 +137,9 @@ class Machine:
     def _shut_down(self, domain: Domain, reason: int) -> None:
         if domain.reason < 0:
             domain.reason = reason
-            if domain.guest and reason != SUSPEND:
+            if domain.guest and reason == SUSPEND:
+                domain.guest.stop()
+            elif domain.guest:
                 domain.guest.end()
             self.store.ended(domain.domid, gone=False)
 
@@ -215,16 +217,32 @@ class Machine:
                 f"loading the kernel: too large for {memory_mib} MiB",
                 "raise `memory`: the unpacked kernel and the initrd must fit",
             )
-        if memory_mib * 1024 > min(domain.limit_kib, self._call_info()["free_kib"]):
-            raise CallError(f"allocating {memory_mib} MiB of memory: not enough")
-        domain.memory_kib = memory_mib * 1024
+        return self._furnish(domain, memory_mib * 1024, {"cmdline": cmdline})
+
+    def _furnish(self, domain: Domain, memory_kib: int, state: dict[str, Any]) -> dict[str, int]:
+        """Give a domain its memory, with what is in it: a kernel with a command line, or a guest as it once was."""
+        if memory_kib > min(domain.limit_kib, self._call_info()["free_kib"]):
+            raise CallError(f"allocating {memory_kib // 1024} MiB of memory: not enough")
+        domain.memory_kib = memory_kib
 
         def off(reason: int) -> None:
             self._loop.soon(lambda: self._shut_down(domain, reason))
 
         # The console is there when the domain has been introduced, which comes after this and before it runs.
-        domain.guest = Guest(self._loop, self.store, _LateConsole(domain), domid, cmdline, off)
-        return {"store_frame": 0x1000 + domid, "console_frame": 0x2000 + domid}
+        domain.guest = Guest(self._loop, self.store, _LateConsole(domain), domain.domid, state, off)
+        return {"store_frame": 0x1000 + domain.domid, "console_frame": 0x2000 + domain.domid}
+
+    def _call_memory(self, domid: int) -> dict[str, object]:
+        domain = self._domain(domid)
+        if domain.guest is None or domain.reason != SUSPEND:
+            raise CallError(f"domain {domid} is not suspended: its memory changes")
+        return {"memory_kib": domain.memory_kib, "state": {**domain.guest.state, "memory_kib": domain.memory_kib}}
+
+    def _call_restore(self, domid: int, state: dict[str, Any]) -> dict[str, int]:
+        memory_kib = state["memory_kib"]
+        if type(memory_kib) is not int or memory_kib <= 0:
+            raise CallError("the state of the guest does not say how much memory it has")
+        return self._furnish(self._domain(domid), memory_kib, state)
 
     def _call_pause(self, domid: int) -> None:
         domain = self._domain(domid)
