@@ -411,6 +411,47 @@ def test_they_live_on_with_a_domain_that_the_builder_could_not_destroy(bench, mo
     assert bench.broker._phase is VmPhase.BUILT
 
 
+# A helper that dies over what must not be left half done
+
+
+def test_a_destroy_whose_builder_dies_is_done_all_the_same(bench, monkeypatch):
+    monkeypatch.setattr(core, "look_again", lambda *_: Done(0, NO_DOMAIN, ""))
+    bench.known(RUNNING)
+    bench.ask(Op.DESTROY, sequence=5)
+    bench.builder.die()
+    bench.turn()
+    answer = bench.heard()
+    assert (type(answer), answer.sequence, answer.domain) == (Done, 5, NO_DOMAIN)
+    assert bench.broker._phase is VmPhase.ABSENT
+
+
+def test_one_that_dies_before_it_has_begun_has_failed(bench, monkeypatch):
+    monkeypatch.setattr(core, "look_again", lambda *_: Done(0, RUNNING, ""))
+    bench.known(RUNNING)
+    bench.ask(Op.DESTROY, sequence=5)
+    bench.builder.die()
+    bench.turn()
+    answer = bench.heard()
+    assert isinstance(answer, Failed)
+    assert answer.domain.domid == RUNNING.domid
+    assert bench.broker._phase is VmPhase.BUILT
+
+
+def test_a_reboot_whose_builder_dies_is_built_once_more_and_not_twice(bench, monkeypatch):
+    """A guest's own reboot has nobody who would ask for it again."""
+    monkeypatch.setattr(core, "look_again", lambda *_: Done(0, NO_DOMAIN, ""))
+    bench.known(RUNNING)
+    bench.ask(Op.REBUILD, sequence=5)
+    for op in (Op.REBUILD, Op.BUILD):
+        assert bench.job()[0].op is op
+        assert bench.silent()
+        bench.builder.die()
+        bench.turn()
+    answer = bench.heard()
+    assert (type(answer), answer.sequence) == (Failed, 5)
+    assert bench.broker._work is None
+
+
 # A kernel that cannot be unpacked
 
 
