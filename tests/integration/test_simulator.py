@@ -2,6 +2,7 @@
 """What only a simulated host shows: faults at an exact moment, hostile guests, floods, and how it is told from Xen."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -229,6 +230,30 @@ def test_the_host_ends_when_nobody_needs_it_any_more(tmp_path_factory):
         assert sorted(path.name for path in made.sockets.iterdir()) == ["console", "log"]
     finally:
         made.close()
+
+
+def test_many_first_starts_at_once_make_one_host():
+    """Some of them find a host that is just being made, or one that is just ending: all of them serve in the end."""
+    code = (
+        "import sys; from xenvm.cli import simulator; place = simulator.prepare();"
+        "from xenvm.simulator.client import Machine;"
+        "print(Machine(place.machine).call('list'), open(place.simulator + '/simulator').read())"
+    )
+    host = SimulatedHost()
+    directory = host.directory()
+    environment = {"XENVM_SOCKET_DIR": str(directory), "PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
+    words = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    try:
+        for _ in range(3):
+            starting = [subprocess.Popen([sys.executable, "-c", code], **words, **host._user()) for _ in range(8)]
+            told = {one.communicate(timeout=60) for one in starting}
+            assert {one.returncode for one in starting} == {0}, told
+            assert len({out for out, _ in told}) == 1, told  # the same host
+            pid = int(next(iter(told))[0].split()[-1])
+            os.kill(pid, signal.SIGTERM)  # and without waiting for its end, the next
+    finally:
+        until(lambda: not (directory / "simulator").exists(), "it has ended", 30)
+        host.close()
 
 
 def test_foreground_and_a_second_start(host, vm):  # noqa: F811
