@@ -77,6 +77,19 @@ def host_record(host, guest):
         return wire.value(f"/xenvm/{guest.uuid}/phase")
 
 
+def test_two_starts_that_do_not_fit_together(host, vm):  # noqa: F811
+    """Both find enough memory when they look; the one that comes late fails in words, and nothing of it is left."""
+    host.slow(700, ["create"])
+    guests = [vm(memory=160 << 10) for _ in range(2)]
+    starting = [guest.begin() for guest in guests]
+    texts = [one.communicate(timeout=60)[0] for one in starting]
+    assert sorted(one.returncode for one in starting) == [0, 1], texts
+    late = next(number for number, one in enumerate(starting) if one.returncode)
+    assert f"{160 << 10} MiB of memory" in texts[late]
+    until(lambda: guests[late].left() == [], "nothing is left of it", 10)
+    assert guests[1 - late].state == "running"
+
+
 # Hostile guests, and floods
 
 
