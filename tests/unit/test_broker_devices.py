@@ -18,6 +18,7 @@ from xenvm.boundary.messages import (
     Failed,
     Fault,
     Hello,
+    Init,
     Op,
     Phase,
     Plug,
@@ -423,6 +424,20 @@ def test_a_destroy_whose_builder_dies_is_done_all_the_same(bench, monkeypatch):
     answer = bench.heard()
     assert (type(answer), answer.sequence, answer.domain) == (Done, 5, NO_DOMAIN)
     assert bench.broker._phase is VmPhase.ABSENT
+
+
+def test_a_supervisor_that_dies_over_a_change_of_devices_ends_it(bench):
+    """Nobody waits for it any more, and the next supervisor could say nothing of the VM as long as a guest takes."""
+    bench.known(RUNNING)
+    bench.send(Unplug(9, Kind.VBD, 51728, False, False, 30))
+    worker = bench.builder
+    bench.supervisor.there.close()
+    bench.turn()
+    assert worker.killed
+    assert bench.job()[0].op is Op.FIND
+    bench.answer(Done(0, RUNNING, ""))
+    assert isinstance(bench.heard(), Init)
+    assert bench.heard().domain == RUNNING
 
 
 def test_one_that_dies_before_it_has_begun_has_failed(bench, monkeypatch):

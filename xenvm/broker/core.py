@@ -119,8 +119,6 @@ class Broker:
         self._watcher_due = 0.0  # when the next one is started; 0: one runs
         self._quitting, self._code, self._told = False, 0, False  # whoever waits for the start has been told of it
 
-    # Life
-
     def run(self, wakeup: int) -> int:
         """Serve until the supervisor asks to quit or a signal arrives on `wakeup`; return the exit status."""
         try:
@@ -182,8 +180,7 @@ class Broker:
 
     def _timeout_ms(self) -> float | None:
         due = [self._work.end] if self._work else []
-        due += [self._watcher_due] if self._watcher_due else []
-        due += self._spares.due_s
+        due += [at for at in (self._watcher_due, *self._spares.due_s) if at]
         due += [self._keeping.end_s] if self._keeping and self._keeping.children else []
         return max(0.0, (min(due) - time.monotonic()) * 1000) if due else None
 
@@ -328,6 +325,8 @@ class Broker:
         forget(self._postponed)
         if self._work and self._work.op in SAVING:  # nobody is left who would give the image its name
             self._cancel_image()
+        elif self._work and self._work.op in ON_DEVICES:  # nor who waits; the next one is to know soon how things are
+            self._cancel("its supervisor has ended")
         if self._work:  # its end brings the new supervisor up to date, to whom an answer to the old one means nothing
             self._work.sequence, self._work.answer = 0, None
         else:

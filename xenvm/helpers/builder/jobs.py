@@ -132,7 +132,7 @@ class Builder:
         if job.op is Op.REBUILD:
             self._progress("destroying the old domain", 0, 0)
             self._destroy(job.uuid)
-        elif self._xen.find(job.uuid):
+        elif self._find(job.uuid).domid > 0:  # what a failed build could not remove itself is removed now
             raise WrongStateError(f"a domain with uuid {job.uuid} exists already", hint="destroy it first")
         if grants.check_memory:
             self._progress("checking memory", 0, 0)
