@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from vms import ROOT, SimulatedHost, json_of, kill, nothing_is_left, processes, run, until, vm  # noqa: F401
@@ -156,6 +157,59 @@ def test_readers_of_events_that_do_not_read(host, vm):  # noqa: F811
         guest.ask("pause")
         guest.ask("unpause")
     assert guest.state == "running"
+    for one in lazy:
+        one.close()
+
+
+def resident_kib(pid):
+    line = next(one for one in Path(f"/proc/{pid}/status").read_text().splitlines() if one.startswith("VmRSS"))
+    return int(line.split()[1])
+
+
+def test_all_floods_at_once(host, vm):  # noqa: F811
+    """The guest fills console and xenstore, udev tells of thousands of devices, nobody reads the events: a status takes
+    less than a second all the while, and the memory of the monitor stays what it is."""
+    guest = vm(words="xenvm.flood=100", tick_ms=40, nic=f"bridge={host.bridge}")
+    guest.start()
+    guest.up()
+    lazy = [guest.connect() for _ in range(20)]
+    for one in lazy:
+        one.send("events", {})
+    pids = {role: pid for role, pid in guest.pids().items() if role in ("broker", "supervisor", "watcher")}
+    guest.ask("pause")
+    guest.ask("unpause")
+    before = {role: resident_kib(pid) for role, pid in pids.items()}
+    done = threading.Event()
+    sent = []
+
+    def tell():
+        import socket  # noqa: PLC0415
+
+        event = f"remove backend/vif/{guest.domid}/7 1".encode("ascii")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as told:
+            while not done.is_set():
+                try:
+                    sent.append(told.sendto(event, str(host.sockets / f"domid-{guest.domid}")))
+                except OSError:
+                    time.sleep(0.001)  # the queue is full, as it is for the host's udev then
+
+    telling = threading.Thread(target=tell)
+    telling.start()
+    slowest_s = 0.0
+    try:
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            begin = time.monotonic()
+            assert guest.state == "running"
+            slowest_s = max(slowest_s, time.monotonic() - begin)
+    finally:
+        done.set()
+        telling.join()
+    assert len(sent) > 1000
+    assert slowest_s < 1.0
+    assert guest.pids().items() >= pids.items()
+    for role, pid in pids.items():
+        assert resident_kib(pid) < before[role] + 2048, role
     for one in lazy:
         one.close()
 
