@@ -10,6 +10,7 @@ import select
 
 from xenvm.boundary.place import HERE
 from xenvm.boundary.spawn import signal_name, spawn
+from xenvm.context import suppress
 from xenvm.errors import XenvmError
 
 TYPE_CHECKING = False
@@ -88,8 +89,10 @@ class Child:
 
         This is for children that live as long as the monitor; one with a job has a deadline.
         """
-        if self.pidfd >= 0 and self.status is None and os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG):
-            self.end()
+        if self.pidfd >= 0 and self.status is None:
+            with suppress(ChildProcessError):  # it has ended by itself, which its pidfd tells
+                if os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG):
+                    self.end()
         return self.pidfd < 0
 
     def how(self) -> str:
