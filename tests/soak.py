@@ -196,7 +196,9 @@ def soak(vms, seconds, seed):
     finally:
         for pid in host.processes():
             kill(pid)
-        host.again() if sys.exc_info()[0] else host.close()
+        if sys.exc_info()[0]:
+            host.again()
+        host.close()
 
 
 def crowd(limit):
