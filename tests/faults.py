@@ -68,6 +68,7 @@ class Operation:
     name = ""
     alive = True
     settings = MappingProxyType({})
+    without_store = False
     taken_over = False  # by another monitor, which has started what was off
 
     def __init__(self, host, folder):
@@ -279,6 +280,11 @@ class Reboot(Operation):
 
     name = "reboot"
 
+    def mend(self, state, code):
+        if state == "shutdown" and "xenstored" in self.vm.status()["reason"] and self.without_store:
+            self.alive = False  # without xenstored nothing can be built, and the status says so
+        super().mend(state, code)
+
     def begin(self):
         waiting = self.vm.begin_cmd("wait", "state=rebooting", "timeout=20")
         until(lambda: self.vm.ask("status"), "it waits")
@@ -321,6 +327,7 @@ class Case:
         self.operation = operation or OPERATIONS[name](host, host.directory())
         self.vm = self.operation.vm
         self.client = None
+        self.operation.without_store = (victim, how) == ("xenstored", "gone")
 
     def __str__(self):
         return f"{self.name} {self.point} {self.victim} {self.how}"

@@ -452,6 +452,18 @@ def test_one_that_dies_before_it_has_begun_has_failed(bench, monkeypatch):
     assert bench.broker._phase is VmPhase.BUILT
 
 
+def test_a_build_that_failed_and_could_not_remove_what_it_made_is_looked_at_again(bench, monkeypatch):
+    """Its domain may even be whole, when xenstored went away at the last moment: then the build has succeeded."""
+    monkeypatch.setattr(core, "look_again", lambda *_: Done(0, RUNNING, ""))
+    bench.known(NO_DOMAIN)
+    bench.ask(Op.BUILD, sequence=5)
+    bench.job()
+    bench.answer(Failed(0, Fault(1, "xenstored is gone", ""), NO_DOMAIN.but(phase=Phase.BUILDING)))
+    answer = bench.heard()
+    assert (type(answer), answer.sequence, answer.domain) == (Done, 5, RUNNING)
+    assert bench.broker._phase is VmPhase.BUILT
+
+
 def test_a_reboot_whose_builder_dies_is_built_once_more_and_not_twice(bench, monkeypatch):
     """A guest's own reboot has nobody who would ask for it again."""
     monkeypatch.setattr(core, "look_again", lambda *_: Done(0, NO_DOMAIN, ""))

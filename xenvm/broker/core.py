@@ -53,7 +53,7 @@ from xenvm.broker.phases import (
 from xenvm.broker.requests import REQUESTS, change_of, must_wait, note, op_of, undone
 from xenvm.broker.spares import Spares
 from xenvm.broker.uevents import Uevents
-from xenvm.broker.work import Change, Work, allow, failed, forget, in_vain, let_run, log_job, look_again
+from xenvm.broker.work import Change, Work, allow, failed, forget, in_vain, left_nothing, let_run, log_job, look_again
 from xenvm.context import suppress
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 
@@ -517,7 +517,7 @@ class Broker:
                 self._first(work, Op.UNPLUG, answer, undone(work))
             elif work.op in SAVING and work.result is None:
                 self._first(work, Op.RESUME, answer)
-            elif work.op is Op.REBUILD and work.result is None and self._phase is VmPhase.ABSENT:
+            elif work.op is Op.REBUILD and self._phase is VmPhase.ABSENT and not left_nothing(work):
                 self._first(work, Op.BUILD, answer)  # nobody would do a guest's own reboot a second time
             else:
                 self._to_supervisor(answer)
@@ -580,7 +580,7 @@ class Broker:
         if in_vain(work):
             return None
         self._set_phase(VmPhase.ABSENT, -1)
-        told = work.result is not None and (work.created or work.op is not Op.REBUILD)
+        told = left_nothing(work)
         if told or work.created:  # its image servers served a domain that is gone
             self._book.domain_gone(for_good=False)
         if told:

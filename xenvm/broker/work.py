@@ -7,7 +7,7 @@ import os
 import time
 
 from xenvm.boundary.devices import Kind
-from xenvm.boundary.messages import Done, Failed, Fault, Job, Op
+from xenvm.boundary.messages import Done, Failed, Fault, Job, Op, Phase
 from xenvm.boundary.privileges import Role
 from xenvm.broker.children import Child
 from xenvm.broker.images import Feed, identity
@@ -173,6 +173,12 @@ def in_vain(work: Work) -> bool:
     if work.op is Op.DESTROY:
         return work.result is not None or time.monotonic() >= work.end
     return work.op is Op.REBUILD and work.waits_for_kernel
+
+
+def left_nothing(work: Work) -> bool:
+    """Tell whether a builder has said itself that it failed, after it has removed what it had made."""
+    failed_in_words = isinstance(work.result, Failed) and work.result.domain.phase is not Phase.BUILDING
+    return failed_in_words and (work.created or work.op is not Op.REBUILD)
 
 
 def ask_once(child: Child, message: Message, deadline_s: float) -> Done | Failed:
