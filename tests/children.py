@@ -31,6 +31,9 @@ class FakeChild:
     def ended(self):
         return self.status is not None
 
+    def lost(self):
+        return self.pidfd < 0
+
     def how(self):
         return "ended with status 0"
 

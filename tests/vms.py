@@ -160,7 +160,7 @@ class XenHost:
         """Let guests run for a while."""
         time.sleep(seconds)
 
-    def slow(self, _milliseconds=100):
+    def slow(self, _milliseconds=100, _calls=()):
         """Make a build take long enough to act meanwhile: here it does."""
 
     def directory(self):
@@ -188,7 +188,8 @@ class SimulatedHost:
     short_s = 1
     bridge = "xenbr0"
 
-    def __init__(self):
+    def __init__(self, root=ROOT):
+        self.root = root
         self.top = Path(tempfile.mkdtemp(prefix="xenvm-", dir="/tmp"))
         self.sockets = self.top / "run"
         self.logs, self.console_logs = self.sockets / "log", self.sockets / "console"
@@ -218,12 +219,14 @@ class SimulatedHost:
 
     def program(self, name, *words):
         module = {"xenvm": "xenvm", "xenvm-cmd": "cmd", "xenvm-audit": "audit"}[name]
-        code = f"import sys; from xenvm.cli.{module} import main; sys.exit(main())"
+        code = (
+            f"import sys; sys.path.insert(0, {str(self.root)!r}); from xenvm.cli.{module} import main; sys.exit(main())"
+        )
         where = ["--simulator"] if name == "xenvm" and "--check" not in words else []
         return [sys.executable, "-B", "-c", code, *where, *words]
 
     def options(self):
-        environment = {"XENVM_SOCKET_DIR": str(self.sockets), "PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
+        environment = {"XENVM_SOCKET_DIR": str(self.sockets), "PYTHONPATH": str(self.root), "PATH": os.environ["PATH"]}
         return {"env": environment, **self._user()}
 
     def run(self, name, *words, **options):
@@ -265,6 +268,16 @@ class SimulatedHost:
     def slow(self, milliseconds=100, calls=BUILD):
         """Let each of these calls take so long; by default the steps of a build."""
         self.machine.call("slow", calls=calls if milliseconds else [], milliseconds=milliseconds)
+
+    def again(self):
+        """Cut the power, and make another host of it, whatever state this one is in."""
+        for pid in self.processes():
+            kill(pid)
+        self.machine.close()
+        self.process.kill()
+        self.process.wait(timeout=30)
+        shutil.rmtree(self.top)
+        self.__init__(self.root)
 
     def directory(self):
         path = Path(tempfile.mkdtemp(dir=self.top))
@@ -417,6 +430,16 @@ class Vm:
                     found[words[5]] = pid
         return found
 
+    def pids_left(self):
+        """The processes of this monitor, whoever is their parent."""
+        return [pid for pid, words in self.host.processes().items() if self.uuid in " ".join(words)]
+
+    def broker_log_is_calm(self):
+        """Tell whether no process of the monitor has ended by an error that nobody has thought of."""
+        return not any(
+            "Traceback" in path.read_text(errors="replace") for path in self.host.logs.glob(f"{self.uuid}*.log")
+        )
+
     def end(self):
         """Destroy and quit, whatever the test has left; nothing may remain."""
         try:
@@ -462,6 +485,12 @@ def vm(host):
         except (AssertionError, XenvmError, OSError) as error:
             left.append(f"{one.uuid}: {error}: {one.left()}")
     assert left == []
+
+
+@pytest.fixture
+def folder(host):
+    """A place for save images on a file system of a disk."""
+    return host.directory()
 
 
 @pytest.fixture(autouse=True)

@@ -56,7 +56,27 @@ def _main() -> int:
     return main()
 
 
+def _last_words(error: Exception) -> str:
+    """Return what the log gets of an error that has ended the process; "" where only a trace would tell enough."""
+    from xenvm.errors import XenvmError  # noqa: PLC0415
+
+    if isinstance(error, XenvmError):
+        why = error.message
+    elif isinstance(error, OSError | MemoryError):
+        why = str(error) or "no memory"
+    else:
+        return ""
+    return f"{' '.join(sys.argv[1:3])}: ended: {why}\n"
+
+
 if __name__ == "__main__":
-    status = _main()
+    try:
+        status = _main()
+    except Exception as error:
+        words = _last_words(error)
+        if not words:
+            raise
+        sys.stderr.write(words)
+        status = 1
     sys.stderr.flush()
     os._exit(status)  # nothing is left to tidy up, and whoever waits for a helper waits for its end too

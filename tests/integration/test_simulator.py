@@ -2,10 +2,12 @@
 """What only a simulated host shows: faults at an exact moment, hostile guests, floods, and how it is told from Xen."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from vms import ROOT, SimulatedHost, json_of, kill, nothing_is_left, processes, run, until, vm  # noqa: F401
@@ -79,6 +81,19 @@ def host_record(host, guest):
         return wire.value(f"/xenvm/{guest.uuid}/phase")
 
 
+def test_two_starts_that_do_not_fit_together(host, vm):  # noqa: F811
+    """Both find enough memory when they look; the one that comes late fails in words, and nothing of it is left."""
+    host.slow(700, ["create"])
+    guests = [vm(memory=160 << 10) for _ in range(2)]
+    starting = [guest.begin() for guest in guests]
+    texts = [one.communicate(timeout=60)[0] for one in starting]
+    assert sorted(one.returncode for one in starting) == [0, 1], texts
+    late = next(number for number, one in enumerate(starting) if one.returncode)
+    assert f"{160 << 10} MiB of memory" in texts[late]
+    until(lambda: guests[late].left() == [], "nothing is left of it", 10)
+    assert guests[1 - late].state == "running"
+
+
 # Hostile guests, and floods
 
 
@@ -145,6 +160,59 @@ def test_readers_of_events_that_do_not_read(host, vm):  # noqa: F811
         guest.ask("pause")
         guest.ask("unpause")
     assert guest.state == "running"
+    for one in lazy:
+        one.close()
+
+
+def resident_kib(pid):
+    line = next(one for one in Path(f"/proc/{pid}/status").read_text().splitlines() if one.startswith("VmRSS"))
+    return int(line.split()[1])
+
+
+def test_all_floods_at_once(host, vm):  # noqa: F811
+    """The guest fills console and xenstore, udev tells of thousands of devices, nobody reads the events: a status takes
+    less than a second all the while, and the memory of the monitor stays what it is."""
+    guest = vm(words="xenvm.flood=100", tick_ms=40, nic=f"bridge={host.bridge}")
+    guest.start()
+    guest.up()
+    lazy = [guest.connect() for _ in range(20)]
+    for one in lazy:
+        one.send("events", {})
+    pids = {role: pid for role, pid in guest.pids().items() if role in ("broker", "supervisor", "watcher")}
+    guest.ask("pause")
+    guest.ask("unpause")
+    before = {role: resident_kib(pid) for role, pid in pids.items()}
+    done = threading.Event()
+    sent = []
+
+    def tell():
+        import socket  # noqa: PLC0415
+
+        event = f"remove backend/vif/{guest.domid}/7 1".encode("ascii")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as told:
+            while not done.is_set():
+                try:
+                    sent.append(told.sendto(event, str(host.sockets / f"domid-{guest.domid}")))
+                except OSError:
+                    time.sleep(0.001)  # the queue is full, as it is for the host's udev then
+
+    telling = threading.Thread(target=tell)
+    telling.start()
+    slowest_s = 0.0
+    try:
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            begin = time.monotonic()
+            assert guest.state == "running"
+            slowest_s = max(slowest_s, time.monotonic() - begin)
+    finally:
+        done.set()
+        telling.join()
+    assert len(sent) > 1000
+    assert slowest_s < 1.0
+    assert guest.pids().items() >= pids.items()
+    for role, pid in pids.items():
+        assert resident_kib(pid) < before[role] + 2048, role
     for one in lazy:
         one.close()
 
@@ -232,6 +300,30 @@ def test_the_host_ends_when_nobody_needs_it_any_more(tmp_path_factory):
         assert sorted(path.name for path in made.sockets.iterdir()) == ["console", "log"]
     finally:
         made.close()
+
+
+def test_many_first_starts_at_once_make_one_host():
+    """Some of them find a host that is just being made, or one that is just ending: all of them serve in the end."""
+    code = (
+        "import sys; from xenvm.cli import simulator; place = simulator.prepare();"
+        "from xenvm.simulator.client import Machine;"
+        "print(Machine(place.machine).call('list'), open(place.simulator + '/simulator').read())"
+    )
+    host = SimulatedHost()
+    directory = host.directory()
+    environment = {"XENVM_SOCKET_DIR": str(directory), "PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
+    words = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    try:
+        for _ in range(3):
+            starting = [subprocess.Popen([sys.executable, "-c", code], **words, **host._user()) for _ in range(8)]
+            told = {one.communicate(timeout=60) for one in starting}
+            assert {one.returncode for one in starting} == {0}, told
+            assert len({out for out, _ in told}) == 1, told  # the same host
+            pid = int(next(iter(told))[0].split()[-1])
+            os.kill(pid, signal.SIGTERM)  # and without waiting for its end, the next
+    finally:
+        until(lambda: not (directory / "simulator").exists(), "it has ended", 30)
+        host.close()
 
 
 def test_foreground_and_a_second_start(host, vm):  # noqa: F811

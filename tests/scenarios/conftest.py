@@ -5,7 +5,7 @@ import os
 
 import pytest
 from vms import *  # noqa: F403
-from vms import SimulatedHost, XenHost, nothing_is_left, pytest_runtest_logreport, vm  # noqa: F401
+from vms import SimulatedHost, XenHost, folder, nothing_is_left, pytest_runtest_logreport, vm  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -305,3 +305,21 @@ def test_events_and_wait(host, vm):
     words = [word for line in states for word in re.findall(r'"state": ?"([a-z-]+)"', line)]
     assert words == ["creating-domain", "running", "shutdowning", "shutdown"]
     assert (host.logs / f"{guest.uuid}.log").read_text().count("state=") >= 4
+
+
+def test_files_beside_an_image_stay(host, vm):
+    """Whatever their names say: a disk is what the config names, and nothing else there is ours."""
+    directory = host.directory()
+    names = ["disk.vhd", "disk.vhd.snap", "disk.vhd.hib", "disk", "disk.tmp", "disk.lock"]
+    for name in names:
+        (directory / name).write_bytes(bytes(1 << 20))
+        (directory / name).chmod(0o666)
+    guest = vm(disk=f"{directory}/disk.vhd:file:xvda:w:disk")
+    guest.start()
+    guest.up()
+    guest.cmd("restart", "force=true")
+    guest.up(boots=2)
+    guest.cmd("disk-del", "xvda", "force=true")
+    guest.end()
+    assert sorted(path.name for path in directory.iterdir()) == sorted(names)
+    assert all((directory / name).read_bytes() == bytes(1 << 20) for name in names)

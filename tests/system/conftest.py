@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from vms import *  # noqa: F403
-from vms import XenHost, nothing_is_left, pytest_runtest_logreport, run, vm  # noqa: F401
+from vms import XenHost, folder, nothing_is_left, pytest_runtest_logreport, run, vm  # noqa: F401
 
 MIB = 1 << 20
 

@@ -11,34 +11,11 @@ from random import Random
 
 import pytest
 from conftest import MIB, domains, kill, processes, run, until
-from savedguest import acts, asked, cap, goes_on, held, helper, only, runs_on, small_disk, suspend
+from savedguest import asked, cap, helper, small_disk
+from saving import acts, goes_on, held, only, runs_on, suspend
 
 from xenvm.errors import XenvmError
 from xenvm.supervisor.states import STABLE
-
-
-def test_kill_9_in_the_middle_of_a_suspend(vm, folder):
-    """Builder, supervisor and broker, with the guest suspended: it runs on, the older image stays, no file is left."""
-    file, older = folder / "guest.img", "an older image"
-    guest = vm()
-    guest.start()
-    guest.up()
-    for turn, victim in enumerate(("builder", "supervisor", "broker"), 1):
-        saving, builder = held(guest, file)
-        file.write_text(older)
-        kill(builder if victim == "builder" else guest.pids()[victim])
-        text = saving.communicate(timeout=120)[0]
-        assert saving.returncode != 0
-        assert "SIGKILL" in text or "hung up" in text
-        if victim == "broker":
-            until(lambda: not processes(), "the rest has ended too")
-            guest.write(startup="shutdown")  # which adopts, and builds nothing
-            guest.start()
-        assert only(folder) == ["guest.img"]
-        assert file.read_text() == older
-        runs_on(guest, 6 * turn)
-    guest.shell("poweroff -f & true")  # xenstored has heard of each resume: else nobody would hear of this
-    guest.until("shutdown")
 
 
 @pytest.mark.long
@@ -141,81 +118,6 @@ def test_image_and_act_log_on_one_full_disk(vm):
         guest.end()
     finally:
         run("umount", "-l", str(logs))
-
-
-def test_two_saves_at_once_and_cancel(vm, folder):
-    guest = vm()
-    guest.start()
-    guest.up()
-    saving, _ = held(guest, folder / "one")
-    (folder / "one").unlink(missing_ok=True)
-    assert "busy with suspend" in guest.cmd("suspend", str(folder / "two"), code=9).stderr
-    guest.cmd("cancel")
-    text = saving.communicate(timeout=120)[0]
-    assert saving.returncode == 1, text
-    assert "cancelled" in text
-    assert only(folder) == []
-    runs_on(guest, 6)
-
-
-def test_a_monitor_that_is_ended_lets_a_suspended_guest_run(vm, folder):
-    """SIGTERM while the image is written, and when it is whole but has no name yet; then who adopts the guest."""
-    file = folder / "guest.img"
-    guest = vm()
-    guest.start()
-    guest.up()
-    for when, stops in (("writing", 6), ("whole", 9)):
-        if when == "writing":
-            saving, _ = held(guest, file)
-            file.unlink(missing_ok=True)
-            kill(guest.broker(), signal.SIGTERM)
-            assert saving.wait(120) != 0
-            assert only(folder) == []
-        else:
-            with guest.connect() as monitor:
-                monitor.handed = os.open(file, os.O_RDWR | os.O_CREAT)
-                monitor.call("suspend", file=str(file))
-                kill(guest.broker(), signal.SIGTERM)
-                until(lambda: not guest.lock.exists(), "the monitor has ended")
-        until(lambda: not processes(), "the monitor has ended")
-        assert '"op":"resume"' in acts(guest).splitlines()[-3]
-        goes_on(guest, len(guest.ticks()), stops)  # with no monitor there
-        guest.write(startup="shutdown")
-        guest.start()
-        guest.until("running")
-
-
-@pytest.mark.long
-def test_bad_images_leave_nothing(vm, folder):
-    """Cut off, damaged, foreign, of another size: refused in words before there is a domain; the file stays."""
-    good = folder / "good.img"
-    guest = vm()
-    guest.start()
-    guest.up()
-    before = len(guest.ticks())
-    suspend(guest, good)
-    content = good.read_bytes()
-    damaged = bytearray(content)
-    damaged[len(content) // 2] ^= 0xFF
-    for name, bad, words in (
-        ("cut", content[: len(content) // 2], "cut off"),
-        ("damaged", bytes(damaged), "damaged"),
-        ("foreign", b"\x7fELF" + bytes(1000), "no save image"),
-        ("empty", b"", "cut off"),
-    ):
-        file = folder / name
-        file.write_bytes(bad)
-        assert words in guest.cmd("restore", str(file), "delete=true", code=1).stderr
-        assert file.read_bytes() == bad
-        assert guest.uuid not in domains()
-        assert acts(guest).count('"op":"restore"') > 0
-    guest.write(memory=160)
-    guest.cmd("read-config")
-    assert "128 MiB of memory, this VM has 160 MiB" in guest.cmd("restore", str(good), code=5).stderr
-    guest.write(memory=128)
-    guest.cmd("read-config")
-    guest.cmd("restore", str(good))
-    goes_on(guest, before)
 
 
 def finished(guest, saving, victim):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from conftest import MIB, domains, processes, run, until
-from savedguest import acts, cap, goes_on, held, only, runs_on, suspend, unpacked, verify
+from savedguest import cap, unpacked, verify
+from saving import acts, goes_on, held, only, runs_on, suspend
 
 
 def test_suspend_and_restore_with_disk_and_card(vm, image, bridge, folder):
@@ -85,27 +86,6 @@ def test_checkpoint_and_what_is_refused(vm, folder):
 
 
 @pytest.mark.long
-def test_the_config_changes_before_a_suspend(vm, folder):
-    """The image tells of the guest that is in it, and comes back once the config is that one again."""
-    file = folder / "guest.img"
-    guest = vm(vcpus=2)
-    guest.start()
-    guest.up()
-    guest.write(memory=160, vcpus=1)
-    guest.cmd("read-config")
-    suspend(guest, file)
-    verify(file)
-    assert "128 MiB of memory, this VM has 160 MiB" in guest.cmd("restore", str(file), code=5).stderr
-    guest.write(memory=128)
-    guest.cmd("read-config")
-    assert "2 vcpus, this VM has 1" in guest.cmd("restore", str(file), code=5).stderr
-    guest.write(vcpus=2)
-    guest.cmd("read-config")
-    guest.cmd("restore", str(file))
-    runs_on(guest, 3)
-
-
-@pytest.mark.long
 def test_a_guest_with_a_vcpu_switched_off(vm, folder):
     file = folder / "guest.img"
     guest = vm(vcpus=3)
@@ -116,22 +96,6 @@ def test_a_guest_with_a_vcpu_switched_off(vm, folder):
     verify(file)
     guest.cmd("restore", str(file))
     runs_on(guest, 4)
-
-
-def test_the_image_of_another_vm(vm, folder):
-    file = folder / "guest.img"
-    one, other = vm(), vm()
-    one.start()
-    one.up()
-    suspend(one, file)
-    other.write(startup="shutdown")
-    other.start()
-    refused = other.cmd("restore", str(file), code=5).stderr
-    assert f"of the VM {one.uuid}, this one is {other.uuid}" in refused
-    assert "foreign=true" in refused
-    other.cmd("restore", str(file), "foreign=true")
-    assert other.state == "running"
-    assert '"restore-foreign"' in acts(other)
 
 
 @pytest.mark.long
@@ -169,7 +133,7 @@ def test_a_user_saves_into_a_directory_that_the_policy_opens(vm, folder):
         assert done.returncode == 0, done.stderr
         goes_on(guest, before, stops=8)
         was = file.read_bytes()
-        saving, _ = held(guest, file, *as_user[:-1])
+        saving, _ = held(guest, file, user="nobody", group="xenvm", extra_groups=[])
         guest.cmd("cancel")
         assert saving.wait(120) == 1
         assert (only(folder), file.read_bytes() == was) == ([file.name], True)
@@ -261,44 +225,6 @@ def test_xl_reads_ours_and_we_read_what_xl_wrote(vm, folder):
     suspend(guest, ours)
     verify(ours)
     run("xenstore-rm", "/libxl")  # an empty directory that xl leaves
-
-
-@pytest.mark.long
-def test_the_start_of_a_monitor_restores(vm, folder):
-    """restore-del removes the image once the guest runs; a monitor that finds the domain adopts it without one."""
-    file = folder / "guest.img"
-    guest = vm()
-    guest.start()
-    guest.up()
-    before = len(guest.ticks())
-    suspend(guest, file)
-    guest.cmd("quit")
-    until(lambda: not processes(), "the monitor has ended")
-    guest.write(startup=f"restore-del {file}")
-    guest.start()
-    goes_on(guest, before)
-    assert only(folder) == []
-    guest.cmd("quit")
-    until(lambda: not processes(), "the monitor has ended")
-    domid = domains()[guest.uuid]
-    guest.start()
-    assert guest.domid == domid
-    suspend(guest, file)
-    guest.cmd("quit")
-    until(lambda: not processes(), "the monitor has ended")
-    guest.write(startup=f"restore {file}")
-    guest.start()
-    guest.cmd("quit")
-    until(lambda: not processes(), "the monitor has ended")
-    assert only(folder) == ["guest.img"]
-    guest.write(startup=f"restore-del {file}")  # as if the monitor had died before it could remove the image
-    guest.start()
-    guest.until("running")
-    assert only(folder) == []
-    guest.end()
-    failed = guest.start(code=1).stderr
-    assert str(file) in failed
-    assert guest.left() == []
 
 
 class Caller:

@@ -18,6 +18,7 @@ from xenvm.boundary.messages import (
     Failed,
     Fault,
     Hello,
+    Init,
     Op,
     Phase,
     Plug,
@@ -409,6 +410,73 @@ def test_they_live_on_with_a_domain_that_the_builder_could_not_destroy(bench, mo
     assert bench.ended == []
     assert isinstance(bench.heard(), Failed)
     assert bench.broker._phase is VmPhase.BUILT
+
+
+# A helper that dies over what must not be left half done
+
+
+def test_a_destroy_whose_builder_dies_is_done_all_the_same(bench, monkeypatch):
+    monkeypatch.setattr(core, "look_again", lambda *_: Done(0, NO_DOMAIN, ""))
+    bench.known(RUNNING)
+    bench.ask(Op.DESTROY, sequence=5)
+    bench.builder.die()
+    bench.turn()
+    answer = bench.heard()
+    assert (type(answer), answer.sequence, answer.domain) == (Done, 5, NO_DOMAIN)
+    assert bench.broker._phase is VmPhase.ABSENT
+
+
+def test_a_supervisor_that_dies_over_a_change_of_devices_ends_it(bench):
+    """Nobody waits for it any more, and the next supervisor could say nothing of the VM as long as a guest takes."""
+    bench.known(RUNNING)
+    bench.send(Unplug(9, Kind.VBD, 51728, False, False, 30))
+    worker = bench.builder
+    bench.supervisor.there.close()
+    bench.turn()
+    assert worker.killed
+    assert bench.job()[0].op is Op.FIND
+    bench.answer(Done(0, RUNNING, ""))
+    assert isinstance(bench.heard(), Init)
+    assert bench.heard().domain == RUNNING
+
+
+def test_one_that_dies_before_it_has_begun_has_failed(bench, monkeypatch):
+    monkeypatch.setattr(core, "look_again", lambda *_: Done(0, RUNNING, ""))
+    bench.known(RUNNING)
+    bench.ask(Op.DESTROY, sequence=5)
+    bench.builder.die()
+    bench.turn()
+    answer = bench.heard()
+    assert isinstance(answer, Failed)
+    assert answer.domain.domid == RUNNING.domid
+    assert bench.broker._phase is VmPhase.BUILT
+
+
+def test_a_build_that_failed_and_could_not_remove_what_it_made_is_looked_at_again(bench, monkeypatch):
+    """Its domain may even be whole, when xenstored went away at the last moment: then the build has succeeded."""
+    monkeypatch.setattr(core, "look_again", lambda *_: Done(0, RUNNING, ""))
+    bench.known(NO_DOMAIN)
+    bench.ask(Op.BUILD, sequence=5)
+    bench.job()
+    bench.answer(Failed(0, Fault(1, "xenstored is gone", ""), NO_DOMAIN.but(phase=Phase.BUILDING)))
+    answer = bench.heard()
+    assert (type(answer), answer.sequence, answer.domain) == (Done, 5, RUNNING)
+    assert bench.broker._phase is VmPhase.BUILT
+
+
+def test_a_reboot_whose_builder_dies_is_built_once_more_and_not_twice(bench, monkeypatch):
+    """A guest's own reboot has nobody who would ask for it again."""
+    monkeypatch.setattr(core, "look_again", lambda *_: Done(0, NO_DOMAIN, ""))
+    bench.known(RUNNING)
+    bench.ask(Op.REBUILD, sequence=5)
+    for op in (Op.REBUILD, Op.BUILD):
+        assert bench.job()[0].op is op
+        assert bench.silent()
+        bench.builder.die()
+        bench.turn()
+    answer = bench.heard()
+    assert (type(answer), answer.sequence) == (Failed, 5)
+    assert bench.broker._work is None
 
 
 # A kernel that cannot be unpacked

@@ -16,7 +16,7 @@ class Monitor:
     """What of a monitor the commands about images use; `refuse` is the command that fails."""
 
     def __init__(self, content=b"image", refuse="", running=True):
-        self.running = running
+        self.running, self.uuid = running, "11111111-2222-4333-8444-555555555555"
         self.handed, self.calls, self.content, self.refuse = None, [], content, refuse
         self.seen = None
 
@@ -131,6 +131,34 @@ def test_a_domain_that_was_not_ended(file, running, older):
         if older:
             assert f"the older file is {file.parent / names[0]};" in told
             assert (file.parent / names[0]).read_bytes() == b"old"
+
+
+class Successor:
+    """The monitor with another supervisor: busy at first, and then it knows."""
+
+    def __init__(self, running):
+        self.answers = [{"running": True, "busy": {"command": "start"}}, {"running": running, "busy": None}]
+        self.closed = False
+
+    def call(self, _command):
+        return Reply("", self.answers.pop(0))
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.mark.parametrize(("running", "left"), [(False, b"image"), (True, b"older")])
+def test_a_supervisor_that_dies_over_a_commit_has_a_successor_who_knows(file, monkeypatch, running, left):
+    """No file is left beside: whether the guest runs is asked until it is certain."""
+    file.write_bytes(b"older")
+    successor = Successor(running)
+    monkeypatch.setattr(images, "LOOK_PAUSE_S", 0)
+    monkeypatch.setattr(images.Monitor, "connect", lambda _uuid, **_: successor)
+    with pytest.raises(XenvmError):
+        images.save(Monitor(refuse="commit", running=None), "suspend", {"file": str(file)})
+    assert file.read_bytes() == left
+    assert os.listdir(file.parent) == [file.name]
+    assert successor.closed
 
 
 def test_somebody_elses_file_is_not_taken_back(file):

@@ -459,3 +459,13 @@ def test_settling_removes_what_is_not(store, step):
     assert devices.listed(store, UUID) == [PLACES[0]]
     assert of_others(store) == others
     assert sorted(store.kernel.devices()) == ["vbd-7-51712", "vbd-8-51712"]
+
+
+@pytest.mark.parametrize("left", ["/local/domain/0/backend/vif/7", "/local/domain/7/device/vbd", f"{RECORD}/vif"])
+def test_what_was_above_devices_goes_when_they_were_removed_and_nothing_more(store, left):
+    """By a process that was killed just then: the record names no device, and yet something of them is there."""
+    plugged(store)
+    devices.remove_every(store, UUID, 7)
+    store.make(left)
+    devices.remove_every(store, UUID, 7)
+    assert ours(store) == []

@@ -21,6 +21,12 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 MODULES = sorted((ROOT / "xenvm").rglob("*.py"))
 LONGEST_MODULE = 600
+TESTS = {
+    node.name
+    for path in (ROOT / "tests").rglob("test_*.py")
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.FunctionDef)
+}
 STATES_HEAD = """\
 <!-- SPDX-License-Identifier: GPL-2.0-or-later -->
 <!-- Generated from xenvm.supervisor.machine: edit that, then run python tests/unit/test_documents.py. -->
@@ -276,6 +282,24 @@ def test_eval_and_exec_appear_nowhere():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         }
         assert not calls & {"eval", "exec", "compile", "__import__"}, path
+
+
+@pytest.mark.parametrize("name", ["docs/weaknesses.md", "ARCHITECTURE.md"])
+def test_every_test_that_a_document_names_exists(name):
+    named = re.findall(r"`(test_\w+)`", (ROOT / name).read_text())
+    assert len(named) > 10
+    assert [word for word in named if word not in TESTS] == []
+
+
+def test_every_known_weakness_has_a_test():
+    text = (ROOT / "docs/weaknesses.md").read_text()
+    rows = re.findall(r"^\| (W\d+) \|[^|]+\|[^|]+\| (`test_\w+`[^|]*) \|$", text, re.MULTILINE)
+    assert [number for number, _ in rows] == [f"W{number}" for number in range(1, 33)]
+
+
+def test_no_process_names_a_file_in_tmp():
+    """There anybody could have put a link in its place."""
+    assert [path.name for path in MODULES if re.search(r"[\"'](/var)?/tmp\b", path.read_text())] == []
 
 
 if __name__ == "__main__":

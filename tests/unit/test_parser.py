@@ -151,6 +151,14 @@ def test_hundreds_of_long_errors_are_cut_too(line):
     assert found[-1][0] == 0
 
 
+def test_every_line_about_the_processor_counts():
+    found = parsed(
+        GOOD + f"cpuid = 1:eax={'1' * 32}\ncpuid = 7+0:ebx={'0' * 32}\ncpuid = 0xd:ecx={'1' * 32}\n".encode()
+    )
+    assert found.issues == ()
+    assert [rule.leaf for rule in found.grants[0].cpuid] == [1, 7, 0xD]
+
+
 @pytest.mark.parametrize("count", [1, 60, 120, 160, 200, 240])
 def test_grants_that_no_frame_holds_are_refused(count):
     """Between what certainly fits and what certainly does not, there is an answer at each length."""

@@ -315,6 +315,7 @@ def test_no_helper_is_made_ready_where_no_second_command_is_likely(bench, op):
 )
 def test_a_supervisor_that_breaks_the_protocol_is_replaced(bench, message):
     first = bench.supervisor
+    bench.send(Ask(1, Op.STARTED, "", 0))
     if isinstance(message, Job):
         message = message.but(grants=bench.grants)
     frame = message if isinstance(message, bytes) else encode(message)
@@ -326,6 +327,17 @@ def test_a_supervisor_that_breaks_the_protocol_is_replaced(bench, message):
     assert isinstance(init, Init)
     assert not init.first
     assert bench.job()[0].op is Op.FIND
+
+
+def test_a_supervisor_lost_before_the_start_was_told_of_leaves_that_to_the_next(bench):
+    """Else whoever has started the monitor would wait for ever."""
+    bench.supervisor.there.close()
+    bench.turn()
+    assert bench.heard().first
+    bench.send(Ask(1, Op.STARTED, "", 0))
+    bench.supervisor.there.close()
+    bench.turn()
+    assert not bench.heard().first
 
 
 def test_a_supervisor_that_closes_its_channel_and_lives_on_is_ended(bench):

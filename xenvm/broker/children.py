@@ -10,6 +10,8 @@ import select
 
 from xenvm.boundary.place import HERE
 from xenvm.boundary.spawn import signal_name, spawn
+from xenvm.context import suppress
+from xenvm.errors import XenvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,18 +30,34 @@ class Child:
     """One running child; its channel is its descriptor 3."""
 
     def __init__(self, role: Role, log: int, extra: Mapping[int, int], *arguments: str) -> None:
-        """Start a child of `role` whose output goes to the descriptor `log`."""
+        """Start a child of `role` whose output goes to the descriptor `log`; raise XenvmError when that cannot be."""
         self.role = role
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.pid = self.pidfd = -1
         self._channel: Channel | None = None
-        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        null = -1
+        ends: tuple[socket.socket, ...] = ()
         try:
-            descriptors = {0: null, 1: log, 2: log, CHANNEL_THERE: theirs.fileno(), **extra}
+            ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+            descriptors = {0: null, 1: log, 2: log, CHANNEL_THERE: ends[1].fileno(), **extra}
             self.pid = spawn(role, descriptors, *arguments, *HERE.words)
+            self.pidfd = os.pidfd_open(self.pid)
+        except OSError as error:
+            if self.pid > 0:
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+            for end in ends[:1]:
+                end.close()
+            raise XenvmError(
+                f"cannot start the {role}: {error.strerror or error}",
+                hint="has the host run out of memory, processes or descriptors?",
+            ) from error
         finally:
-            theirs.close()
-            os.close(null)
-        self.pidfd = os.pidfd_open(self.pid)
+            for end in ends[1:]:
+                end.close()
+            if null >= 0:
+                os.close(null)
+        self._socket = ends[0]
         self.status: int | None = None
         self._greeted = False
 
@@ -65,6 +83,17 @@ class Child:
             if pid:
                 self.status = status
         return self.status is not None
+
+    def lost(self) -> bool:
+        """Tell whether the child was ended, or stands still: somebody has stopped it, and then it is ended here.
+
+        This is for children that live as long as the monitor; one with a job has a deadline.
+        """
+        if self.pidfd >= 0 and self.status is None:
+            with suppress(ChildProcessError):  # it has ended by itself, which its pidfd tells
+                if os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG):
+                    self.end()
+        return self.pidfd < 0
 
     def how(self) -> str:
         """Say how it ended."""

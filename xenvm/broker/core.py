@@ -34,6 +34,7 @@ from xenvm.broker import findings, host, images, strays, uevents
 from xenvm.broker.book import Book
 from xenvm.broker.children import Child
 from xenvm.broker.phases import (
+    LEAVES_HALF,
     LEAVES_SUSPENDED,
     LOOKED_UP,
     ON_DEVICES,
@@ -41,7 +42,9 @@ from xenvm.broker.phases import (
     REBUILDING,
     RESTORING,
     SAVING,
+    SELDOM_FOLLOWED,
     START_DEADLINE_S,
+    STARTUP_OPS,
     WITH_ARGUMENTS,
     VmPhase,
     extra_s,
@@ -49,7 +52,7 @@ from xenvm.broker.phases import (
 from xenvm.broker.requests import REQUESTS, change_of, must_wait, note, op_of, undone
 from xenvm.broker.spares import Spares
 from xenvm.broker.uevents import Uevents
-from xenvm.broker.work import Change, Work, allow, failed, forget, let_run, log_job, look_again
+from xenvm.broker.work import Change, Work, allow, failed, forget, in_vain, left_nothing, let_run, log_job, look_again
 from xenvm.context import suppress
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 
@@ -70,8 +73,6 @@ if TYPE_CHECKING:
 RESTARTS_PER_MINUTE: Final = 5
 WATCHER_PAUSE_S: Final = 1.0  # before it is started again, and twice as long each time: xenstored may be starting too
 LISTENER_THERE, WATCHER_THERE, SUPERVISOR_THERE = 4, 5, 4
-SELDOM_FOLLOWED: Final = frozenset({Op.FIND, Op.DESTROY, Op.SETTLE})  # no helper is made ready after these
-STARTUP_OPS: Final = {"started": Op.START, "paused": Op.START_PAUSED, "shutdown": Op.FIND}  # else: from an image
 
 
 class Broker:
@@ -115,9 +116,7 @@ class Broker:
         self._supervisor: Child | None = None
         self._watcher: Child | None = None
         self._watcher_due = 0.0  # when the next one is started; 0: one runs
-        self._quitting, self._code = False, 0
-
-    # Life
+        self._quitting, self._code, self._told = False, 0, False  # whoever waits for the start has been told of it
 
     def run(self, wakeup: int) -> int:
         """Serve until the supervisor asks to quit or a signal arrives on `wakeup`; return the exit status."""
@@ -140,7 +139,7 @@ class Broker:
 
     def _turn(self, wakeup: int) -> None:
         for lost in (self._supervisor, self._watcher):
-            if lost is not None and lost.pidfd < 0:  # ended because it did not take a message
+            if lost is not None and lost.lost():  # also one that was ended because it did not take a message
                 self._gone(lost)
         poll = select.poll()
         poll.register(wakeup, select.POLLIN)
@@ -180,20 +179,19 @@ class Broker:
 
     def _timeout_ms(self) -> float | None:
         due = [self._work.end] if self._work else []
-        due += [self._watcher_due] if self._watcher_due else []
-        due += self._spares.due_s
+        due += [at for at in (self._watcher_due, *self._spares.due_s) if at]
         due += [self._keeping.end_s] if self._keeping and self._keeping.children else []
         return max(0.0, (min(due) - time.monotonic()) * 1000) if due else None
 
     def _signalled(self, numbers: bytes) -> None:
         """SIGHUP reads the config again, as the original did; SIGTERM and SIGINT end the monitor, not the guest."""
-        if set(numbers) - {signal.SIGHUP}:
+        if set(numbers) - {signal.SIGHUP, signal.SIGCHLD}:
             self._quitting = True
-            return
-        try:
-            self._read_config()
-        except XenvmError as error:
-            self._acts.append("refused", op="read-config", why=error.message[:200])
+        elif signal.SIGHUP in numbers:
+            try:
+                self._read_config()
+            except XenvmError as error:
+                self._acts.append("refused", op="read-config", why=error.message[:200])
 
     def _end_children(self) -> None:
         """End all children; the supervisor gets a moment to flush its last replies."""
@@ -310,9 +308,7 @@ class Broker:
             return
         if self._keeping and child is self._keeping.child:
             self._keeping.close()
-        if self._spares.get(child.role) is child:
-            del self._spares[child.role]
-            child.end()
+        self._spares.drop(child)
         if child not in (self._supervisor, self._watcher):
             return
         child.end()
@@ -328,11 +324,13 @@ class Broker:
         forget(self._postponed)
         if self._work and self._work.op in SAVING:  # nobody is left who would give the image its name
             self._cancel_image()
+        elif self._work and self._work.op in ON_DEVICES:  # nor who waits; the next one is to know soon how things are
+            self._cancel("its supervisor has ended")
         if self._work:  # its end brings the new supervisor up to date, to whom an answer to the old one means nothing
             self._work.sequence, self._work.answer = 0, None
         else:
             self._begin(0, Op.FIND, PERMITS[Op.FIND].deadline_s)
-        self._start_supervisor(first=False)
+        self._start_supervisor(first=not self._told)
 
     def _to_supervisor(self, message: Message, descriptors: tuple[int, ...] = ()) -> None:
         if self._supervisor and self._supervisor.pidfd >= 0:
@@ -348,6 +346,7 @@ class Broker:
         try:
             self._permit(ask.op, plain=True)
             if ask.op is Op.STARTED:
+                self._told = True
                 self._started(ask.code, ask.text)
                 self._quitting, self._code = ask.code != 0, ask.code
             elif ask.op is Op.QUIT:
@@ -510,13 +509,15 @@ class Broker:
             self._pass_on(work, message)
         elif isinstance(message, Failed):
             work.close()
-            made = self._after_failure(work) if work.op in REBUILDING else None
+            made = self._after_failure(work) if work.op in LEAVES_HALF else None
             images.restored(self._policy, self._grants, work.op, made, self._acts)
             answer = made or work.answer or Failed(work.sequence, message.fault, self._known())
             if work.op is Op.PLUG and work.result is None:
                 self._first(work, Op.UNPLUG, answer, undone(work))
             elif work.op in SAVING and work.result is None:
                 self._first(work, Op.RESUME, answer)
+            elif work.op is Op.REBUILD and self._phase is VmPhase.ABSENT and not left_nothing(work):
+                self._first(work, Op.BUILD, answer)  # nobody would do a guest's own reboot a second time
             else:
                 self._to_supervisor(answer)
         seldom = SELDOM_FOLLOWED | (REBUILDING if isinstance(message, Failed) else set())
@@ -526,7 +527,7 @@ class Broker:
                 self._spares.make_ready(Role.NETWORK)
 
     def _first(self, work: Work, op: Op, answer: Message, change: Change | None = None) -> None:
-        """Undo what a job has left by another one; only after that, or when it cannot be, the answer to it is given."""
+        """Undo what a job has left, or do the rest, by another one; only after that the answer to it is given."""
         try:
             self._begin(work.sequence, op, PERMITS[op].deadline_s, change)
         except XenvmError as error:
@@ -534,7 +535,7 @@ class Broker:
                 self._acts.append("refused", op=op.value, why=error.message[:200])
             self._to_supervisor(answer)
         if self._work:
-            self._work.answer = answer
+            self._work.answer = None if op is Op.BUILD else answer
 
     def _pass_on(self, work: Work, done: Done) -> None:
         if work.answer:
@@ -570,22 +571,20 @@ class Broker:
             self._begin(0, Op.SETTLE, PERMITS[Op.SETTLE].deadline_s)
 
     def _after_failure(self, work: Work) -> Done | None:
-        """Learn what a build that failed has left, and have removed what is half there.
+        """Learn what a build or destroy that failed has left, and have removed what is half there.
 
-        A domain that is whole is never touched: return the answer that the job would have had if it is a new one, or
-        one to be adopted. A failure is logged, and the record in xenstore lets the next look or start retry.
+        A domain that is whole is never touched. Return the answer that the job would have had if all is as it wanted.
         """
         before = self._domid
-        if work.waits_for_kernel and work.op is Op.REBUILD:  # nobody has touched the domain
+        if in_vain(work):
             return None
         self._set_phase(VmPhase.ABSENT, -1)
-        told = work.result is not None and (work.created or work.op is not Op.REBUILD)
+        told = left_nothing(work)
         if told or work.created:  # its image servers served a domain that is gone
             self._book.domain_gone(for_good=False)
         if told:
             return None
-        builder = Child(Role.BUILDER, self._log, {}, self._grants.uuid)
-        answer = look_again(builder, self._grants, PERMITS[Op.DESTROY].deadline_s, self._acts)
+        answer = look_again(self._grants, self._log, self._acts)
         if answer:
             self._learn(answer.domain)
         if not isinstance(answer, Done):
@@ -593,6 +592,7 @@ class Broker:
         self._book.seen(answer.devices)
         absent = answer.domain.state is DomainState.ABSENT
         if absent or work.created:
-            self._book.domain_gone(for_good=absent)
+            self._book.domain_gone(for_good=absent and not self._book.saved)
         served = work.created and any(state.server for state in answer.devices)  # by servers that have been ended
-        return None if served or answer.domain.domid in (-1, before) else answer.but(sequence=work.sequence)
+        as_wanted = absent if work.op is Op.DESTROY else answer.domain.domid not in (-1, before)
+        return answer.but(sequence=work.sequence) if as_wanted and not served else None

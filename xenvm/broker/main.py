@@ -17,7 +17,7 @@ from xenvm.boundary.confine import confine
 from xenvm.boundary.privileges import TABLE, Role
 from xenvm.broker.children import Child
 from xenvm.broker.policyfile import open_host_policy
-from xenvm.errors import XenvmError
+from xenvm.errors import ExitCode, XenvmError
 
 LAUNCHER, CONFIG, HOST_POLICY = 3, 4, 5
 
@@ -44,6 +44,9 @@ def main() -> int:
     except XenvmError as error:
         launcher.tell(int(error.code), error.message + (f"\nhint: {error.hint}" if error.hint else ""))
         return int(error.code)
+    except (OSError, MemoryError) as error:  # the guest runs on, and the next start takes over
+        launcher.tell(int(ExitCode.FAILED), f"the monitor has ended: {error or 'no memory'}")
+        raise
     finally:
         parser.end()
         spare.end()

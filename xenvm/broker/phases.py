@@ -68,6 +68,12 @@ PERMITS: Final[Mapping[Op, Permit]] = MappingProxyType(
 )
 """START, START_PAUSED and START_RESTORED are not here: the broker begins those by itself, once."""
 
+STARTUP_OPS: Final = MappingProxyType({"started": Op.START, "paused": Op.START_PAUSED, "shutdown": Op.FIND})
+"""By the word of the config; all others are from an image."""
+
+SELDOM_FOLLOWED: Final = frozenset({Op.FIND, Op.DESTROY, Op.SETTLE})
+"""After these no helper is made ready."""
+
 START_DEADLINE_S: Final = 720.0
 IMAGE_S_PER_MIB: Final = 0.5
 
@@ -81,7 +87,10 @@ RESTORING: Final = frozenset({Op.RESTORE, Op.RESTORE_PAUSED, Op.START_RESTORED})
 """What reads an image."""
 
 REBUILDING: Final = RESTORING | {Op.START, Op.START_PAUSED, Op.BUILD, Op.BUILD_PAUSED, Op.REBUILD}
-"""What makes devices, and what leaves half a domain behind when its helper dies."""
+"""What makes devices."""
+
+LEAVES_HALF: Final = REBUILDING | {Op.DESTROY}
+"""What leaves half a domain behind when its helper dies."""
 
 ON_DEVICES: Final = frozenset({Op.DEVICES, Op.PLUG, Op.UNPLUG, Op.REBRIDGE, Op.SETTLE})
 """What a hotplug worker does, beside a domain that runs."""

@@ -120,12 +120,12 @@ def serve(
 
 
 def _signal_pipe() -> int:
-    """Turn SIGTERM, SIGINT and SIGHUP into bytes (their numbers) on the returned descriptor."""
+    """Turn SIGTERM, SIGINT, SIGHUP and SIGCHLD (a child stands still) into bytes, their numbers, on a descriptor."""
     readable, writable = socket.socketpair()
     readable.setblocking(False)
     writable.setblocking(False)
     signal.set_wakeup_fd(writable.detach())
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, lambda *_: None)
     return readable.detach()
 

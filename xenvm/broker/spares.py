@@ -6,6 +6,8 @@ from __future__ import annotations
 import time
 
 from xenvm.broker.children import Child
+from xenvm.context import suppress
+from xenvm.errors import XenvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,10 +47,17 @@ class Spares(dict["Role", Child]):
         return Child(role, self._log, {}, self._uuid)
 
     def make_ready(self, role: Role) -> None:
-        """Have one of this role wait for the next command."""
+        """Have one of this role wait for the next command; none where the host lacks what that takes just now."""
         if role not in self:
-            self[role] = Child(role, self._log, {}, self._uuid)
+            with suppress(XenvmError):
+                self[role] = Child(role, self._log, {}, self._uuid)
         self.end_s = time.monotonic() + SPARE_S
+
+    def drop(self, child: Child) -> None:
+        """Forget one that has ended, if it is one of these."""
+        if self.get(child.role) is child:
+            del self[child.role]
+            child.end()
 
     def expire(self) -> None:
         """End those whose time is over."""

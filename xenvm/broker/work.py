@@ -7,7 +7,7 @@ import os
 import time
 
 from xenvm.boundary.devices import Kind
-from xenvm.boundary.messages import Done, Failed, Fault, Job, Op
+from xenvm.boundary.messages import Done, Failed, Fault, Job, Op, Phase
 from xenvm.boundary.privileges import Role
 from xenvm.broker.children import Child
 from xenvm.broker.images import Feed, Sink, identity
@@ -184,6 +184,23 @@ class Work:
         self.held.clear()
 
 
+def in_vain(work: Work) -> bool:
+    """Tell whether it is of no use to look what a failed job has left.
+
+    That is when nobody has touched the domain yet, or when the look, which removes what is half there, would only meet
+    what the job has met.
+    """
+    if work.op is Op.DESTROY:
+        return work.result is not None or time.monotonic() >= work.end
+    return work.op is Op.REBUILD and work.waits_for_kernel
+
+
+def left_nothing(work: Work) -> bool:
+    """Tell whether a builder has said itself that it failed, after it has removed what it had made."""
+    failed_in_words = isinstance(work.result, Failed) and work.result.domain.phase is not Phase.BUILDING
+    return failed_in_words and (work.created or work.op is not Op.REBUILD)
+
+
 def ask_once(child: Child, message: Message, deadline_s: float) -> Done | Failed:
     """Ask a fresh helper for one thing, wait for the answer, end it; raise XenvmError when there is none in time."""
     end = time.monotonic() + deadline_s
@@ -200,11 +217,15 @@ def ask_once(child: Child, message: Message, deadline_s: float) -> Done | Failed
         child.end(grace_ms=2000)
 
 
-def look_again(builder: Child, grants: Grants, deadline_s: float, acts: ActLog) -> Done | Failed | None:
-    """Have a fresh builder remove what is half there, and say what is left; None when it gave no answer."""
+def look_again(grants: Grants, log: int, acts: ActLog) -> Done | Failed | None:
+    """Have a fresh builder remove what is half there, and say what is left; None when it gave no answer.
+
+    Then the record in xenstore lets the next look or start do it.
+    """
+    builder = Child(Role.BUILDER, log, {}, grants.uuid)
     acts.append("job", op="find", domid=-1, pid=builder.pid)
     try:
-        answer = ask_once(builder, Job(Op.FIND, grants.uuid, -1, grants), deadline_s)
+        answer = ask_once(builder, Job(Op.FIND, grants.uuid, -1, grants), PERMITS[Op.DESTROY].deadline_s)
     except XenvmError as error:
         acts.append("result", op="find", result=error.message[:200])
         return None

@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 
 from xenvm.cli import render
+from xenvm.cli.client import Monitor
 from xenvm.errors import PermissionRefusedError, UsageError, XenvmError
 from xenvm.imageplace import Target
 
@@ -21,9 +23,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Final
 
-    from xenvm.cli.client import Monitor, Reply
+    from xenvm.cli.client import Reply
 
 BAR_WIDTH: Final = 40
+LOOK_S: Final = 30.0  # for a monitor to say what has become of the guest
+LOOK_PAUSE_S: Final = 0.2
 
 
 def save(monitor: Monitor, command: str, given: Mapping[str, str]) -> Reply:
@@ -71,11 +75,7 @@ def _commit(monitor: Monitor, place: Target) -> Reply:
     try:
         return monitor.call("commit")
     except XenvmError as error:
-        try:
-            status = monitor.call("status").data
-            running = status.get("running") if isinstance(status, dict) else None
-        except XenvmError:
-            running = None
+        running = _runs(monitor)
         if running is False:
             place.confirm()
             what = f"the guest does not run, and the image {place.path} is whole"
@@ -85,6 +85,30 @@ def _commit(monitor: Monitor, place: Target) -> Reply:
     except BaseException:
         render.note(f"suspend: {place.which()}")
         raise
+
+
+def _runs(monitor: Monitor) -> bool | None:
+    """Tell whether the guest runs; None when nobody says so. A supervisor that has died has a successor soon."""
+    end = time.monotonic() + LOOK_S
+    asked = monitor
+    try:
+        while time.monotonic() < end:
+            try:
+                status = asked.call("status").data
+                if isinstance(status, dict) and not status.get("busy"):
+                    running = status.get("running")
+                    return running if isinstance(running, bool) else None
+            except XenvmError:  # that connection is of no more use
+                if asked is not monitor:
+                    asked.close()
+                asked = Monitor.connect(monitor.uuid, reply_timeout_s=LOOK_S)
+            time.sleep(LOOK_PAUSE_S)
+    except XenvmError:  # nobody listens: the monitor has ended
+        pass
+    finally:
+        if asked is not monitor:
+            asked.close()
+    return None
 
 
 def restore(monitor: Monitor, given: Mapping[str, str]) -> Reply:

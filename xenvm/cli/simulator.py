@@ -3,24 +3,27 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import select
 import socket
 import stat
 import sys
+import time
 
 from xenvm.boundary.place import MARK, OPTION, Place
 from xenvm.boundary.spawn import spawn
-from xenvm.errors import ExitCode, TimeoutExpiredError, XenvmError
+from xenvm.errors import ExitCode, XenvmError
+from xenvm.simulator.client import Machine, MachineError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
 START_WAIT_S: Final = 30.0
+RETRY_S: Final = 0.05
 PATH_LIMIT_BYTES: Final = 60  # the name of a command socket is added, and a socket's path ends at 107, unix(7)
 XENS_DIRECTORY: Final = "/run/xenvm"
+_kept: Final[list[Machine]] = []
 
 
 KEPT = frozenset({"log", "console", "simulator.log", "policy.toml"})
@@ -86,9 +89,26 @@ def _check(directory: str) -> None:
 
 
 def _start(directory: str) -> bool:
-    """Start the host's process unless it runs; tell whether it did."""
+    """Start the host's process unless it runs; tell whether it did.
+
+    Of several that are started at once, one serves; one that is just ending is waited for.
+    """
     if _runs(directory):
         return True
+    end = time.monotonic() + START_WAIT_S
+    while time.monotonic() < end:
+        _spawn(directory, end)
+        if _runs(directory):
+            return False
+        time.sleep(RETRY_S)
+    raise XenvmError(
+        f"the simulated host in {directory} did not start within {START_WAIT_S:g} s",
+        hint=f"see {directory}/simulator.log",
+    )
+
+
+def _spawn(directory: str, end: float) -> None:
+    """Start a process for the host, and wait until it serves or has ended, which it does when there is one already."""
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
@@ -100,23 +120,18 @@ def _start(directory: str) -> bool:
             os.close(log)
         poll = select.poll()
         poll.register(ours, select.POLLIN)
-        if not poll.poll(START_WAIT_S * 1000):  # it closes its end when it serves
-            raise TimeoutExpiredError(f"the simulated host in {directory} did not start within {START_WAIT_S:g} s")
-    if not _runs(directory):
-        raise XenvmError(f"the simulated host in {directory} did not start", hint=f"see {directory}/simulator.log")
-    return False
+        poll.poll(max(0.0, end - time.monotonic()) * 1000)  # it closes its end when it serves
 
 
 def _runs(directory: str) -> bool:
-    """Tell whether somebody holds the host's lock."""
+    """Tell whether a host serves there; if so it does not end for want of guests as long as this process lives.
+
+    Asked is the host itself. Trying its lock would, for an instant, keep another one from taking it.
+    """
     try:
-        lock = os.open(f"{directory}/{MARK}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
+        machine = Machine(Place(directory).machine)
+        machine.call("info")
+    except MachineError:
         return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(lock)
-    return False
+    _kept.append(machine)
+    return True

@@ -330,6 +330,11 @@ def remove(store: Store, uuid: str, domid: int, wanted: Iterable[Place]) -> None
             store,
             (f"/local/domain/0/error/backend/{kind}/{domid}/{device}", record_path(uuid, kind, device)),
         )
+    _remove_empty(store, uuid, domid)
+
+
+def _remove_empty(store: Store, uuid: str, domid: int) -> None:
+    """Remove the nodes above devices that have none below them any more."""
     for kind in Kind:
         for parent in (
             f"/local/domain/0/error/backend/{kind}/{domid}",
@@ -345,16 +350,17 @@ def remove(store: Store, uuid: str, domid: int, wanted: Iterable[Place]) -> None
 
 
 def remove_every(store: Store, uuid: str, domid: int) -> None:
-    """Remove all devices of a domain that is about to end or has ended: those in our record and those in B."""
+    """Remove all devices of a domain that is about to end or has ended: those in our record and those in B.
+
+    Also when there are none: what was above them is left by a process that was killed when they had gone.
+    """
     found = {
         (kind, int(device))
         for kind in Kind
         for device in store.names(f"/local/domain/0/backend/{kind}/{domid}")
         if device.isascii() and device.isdigit()
     }
-    wanted = sorted(found.union(listed(store, uuid)))
-    if wanted:
-        remove(store, uuid, domid, wanted)
+    remove(store, uuid, domid, sorted(found.union(listed(store, uuid))))
 
 
 def settle(store: Store, uuid: str, domid: int) -> None:

@@ -7,7 +7,7 @@ devices. The words of the command line are those of the lab's test guest and a f
     xenvm.mode=normal|panic|reboot|poweroff|deaf|crashloop|watchdog|hang    what it does, after three ticks
     xenvm.tick_ms=N       time between ticks (1000)
     xenvm.boot_ms=N       time until it is up (20)
-    xenvm.obey_ms=N       time it takes to shut down when asked (10)
+    xenvm.obey_ms=N       time it takes to shut down or suspend when asked (10)
     xenvm.refuse=vbd,vif  kinds of devices for which it has no driver
     xenvm.keep=vbd,vif    kinds of devices that it does not let go
     xenvm.garbage=N       nodes of its own that it fills with garbage at each tick
@@ -21,14 +21,15 @@ import re
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import Final
 
     from xenvm.simulator.console import Console
     from xenvm.simulator.loop import Loop, Timer
     from xenvm.simulator.xenstored import Watcher, Xenstored
 
-POWEROFF, REBOOT, CRASH, WATCHDOG = 0, 1, 3, 4  # xen/sched.h
+POWEROFF, REBOOT, SUSPEND, CRASH, WATCHDOG = 0, 1, 2, 3, 4  # xen/sched.h
+REQUESTS: Final = {b"poweroff": POWEROFF, b"halt": POWEROFF, b"reboot": REBOOT, b"suspend": SUSPEND}
 TICKS: Final = 3  # before it does what its mode says
 LEAST_MIB: Final = 32
 INITIALISING, INIT_WAIT, INITIALISED, CONNECTED, CLOSING, CLOSED = 1, 2, 3, 4, 5, 6
@@ -85,22 +86,35 @@ class Guest:
     """One guest, from its first instruction to its end."""
 
     def __init__(
-        self, loop: Loop, store: Xenstored, console: Console, domid: int, cmdline: str, off: Callable[[int], None]
+        self,
+        loop: Loop,
+        store: Xenstored,
+        console: Console,
+        domid: int,
+        state: Mapping[str, object],
+        off: Callable[[int], None],
     ) -> None:
-        """Prepare; nothing happens before `go`. `off` is told the reason of a shutdown."""
+        """Prepare; nothing happens before `go`. `off` is told the reason of a shutdown.
+
+        The `state` is a command line, or what the `state` of a guest was that had been suspended.
+        """
         self._store, self._console, self._domid, self._off = store, console, domid, off
         self._clock = Clock(loop)
         self._home = f"/local/domain/{domid}"
-        self._words = dict(word.partition("=")[::2] for word in cmdline.split())
+        self._cmdline = str(state["cmdline"])
+        self._words = dict(word.partition("=")[::2] for word in self._cmdline.split())
         self._mode = self._words.get("xenvm.mode", "normal")
         self._tick_s = self._milliseconds("xenvm.tick_ms", 1000)
         self._flood, self._garbage = self._number("xenvm.flood", 0), self._number("xenvm.garbage", 0)
-        self._ticks = 0
+        ticks = state.get("ticks", 0)
+        self._ticks = ticks if isinstance(ticks, int) else 0
         self._watches: list[Watcher | None] = []
         self._up = False
         self._line = bytearray()
         memory = re.match(r"(\d+)M?$", self._words.get("mem", ""))
-        if self._mode == "crashloop" or (memory and int(memory[1]) < LEAST_MIB):
+        if "ticks" in state:
+            self._clock.after(0, self._wake)
+        elif self._mode == "crashloop" or (memory and int(memory[1]) < LEAST_MIB):
             self._clock.after(0.01, lambda: self._end(CRASH))
         elif self._mode != "hang":
             self._clock.after(self._milliseconds("xenvm.boot_ms", 20), self._boot)
@@ -141,15 +155,28 @@ class Guest:
         self.end()
         self._off(reason)
 
+    @property
+    def state(self) -> dict[str, object]:
+        """What a save image holds of it."""
+        return {"cmdline": self._cmdline, "ticks": self._ticks}
+
     def _boot(self) -> None:
-        self._up = True
         self._console.say("Linux version 6.1.0 (a simulated guest)")
+        self._listen()
+        self._clock.after(0, self._user_space)
+
+    def _wake(self) -> None:
+        """Go on in another domain than the one that was saved: xenstore and the devices are new there."""
+        self._listen()
+        self._clock.after(self._tick_s, self._tick)
+
+    def _listen(self) -> None:
+        self._up = True
         for node in ("feature-poweroff", "feature-reboot", "feature-suspend"):
             self._store.write(self._domid, f"{self._home}/control/{node}", "1")
         for path in (f"{self._home}/control/shutdown", f"{self._home}/device"):
             self._watches.append(self._store.watch(self._domid, path, self._soon))
             self._changed(path)
-        self._clock.after(0, self._user_space)
 
     def _user_space(self) -> None:
         self._console.say(f"GUEST-UP {self._milliseconds('xenvm.boot_ms', 20):.2f}")
@@ -198,12 +225,13 @@ class Guest:
             self._connect_devices()
             return
         word = self._store.read(self._domid, f"{self._home}/control/shutdown")
-        reason = {b"poweroff": POWEROFF, b"halt": POWEROFF, b"reboot": REBOOT}.get(word or b"")
+        reason = REQUESTS.get(word or b"")
         if reason is None:
             return
         self._store.write(self._domid, f"{self._home}/control/shutdown", "")
         if self._mode != "deaf":
-            self._clock.after(self._milliseconds("xenvm.obey_ms", 10), lambda: self._end(reason))
+            act = self._off if reason == SUSPEND else self._end
+            self._clock.after(self._milliseconds("xenvm.obey_ms", 10), lambda: act(reason))
 
     def _devices(self) -> list[tuple[str, str]]:
         return [

@@ -17,6 +17,7 @@ from xenvm.simulator.client import LIMIT_BYTES
 from xenvm.simulator.console import Console
 from xenvm.simulator.guest import Guest
 from xenvm.simulator.kernel import Kernel
+from xenvm.simulator.points import Points
 from xenvm.simulator.xenstored import Xenstored
 
 TYPE_CHECKING = False
@@ -32,7 +33,15 @@ KERNEL_AT_MIB: Final = 16  # where a Linux kernel is loaded
 UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 NAME: Final = re.compile(r"[A-Za-z0-9._+-]{1,64}", re.ASCII)
 INT: Final = struct.Struct("@i")
+CREDENTIALS: Final = struct.Struct("@iII")  # pid, uid, gid
 SUSPEND: Final = 2  # xen/sched.h
+EFFECTS: Final = frozenset(
+    {
+        *("create", "prepare", "channel", "load", "restore", "pause", "unpause", "resume", "shutdown", "destroy"),
+        *("join", "loop"),
+    }
+)
+"""The calls that change something."""
 MIB: Final = 1 << 20
 
 
@@ -79,7 +88,8 @@ class Machine:
         self.connections = 0
         self.slow_s: dict[str, float] = {}
         """How long calls of a name take: a real hypervisor takes its time too, and tests want to act meanwhile."""
-        self.store = Xenstored(loop, f"{directory}/xenstored/socket")
+        self.points = Points()
+        self.store = Xenstored(loop, f"{directory}/xenstored/socket", self.points)
         self.store.exists = lambda domid: domid in self.domains
         self.kernel = Kernel(loop, self.store, directory, self._backend_changed)
         self.store.watch(0, "@introduceDomain", lambda _path: self._introduced())
@@ -137,7 +147,9 @@ class Machine:
     def _shut_down(self, domain: Domain, reason: int) -> None:
         if domain.reason < 0:
             domain.reason = reason
-            if domain.guest and reason != SUSPEND:
+            if domain.guest and reason == SUSPEND:
+                domain.guest.stop()
+            elif domain.guest:
                 domain.guest.end()
             self.store.ended(domain.domid, gone=False)
 
@@ -151,13 +163,16 @@ class Machine:
 
     # Calls
 
-    def call(self, op: str, arguments: dict[str, Any], descriptors: list[int], caller: object) -> object:
+    def call(self, op: str, arguments: dict[str, Any], descriptors: list[int], caller: _Caller) -> object:
         """Do one call; raise CallError. A descriptor that is taken over leaves the list."""
         handler = getattr(self, f"_call_{op}", None)
         if handler is None:
             raise CallError(f"the simulated machine has no call {op}")
         if op == "loop":
             return self.kernel.loops.make(descriptors.pop(0), caller)
+        if op == "points":
+            self.points.arm(**arguments, exempt=caller.pid)
+            return None
         return handler(**arguments)
 
     def _domain(self, domid: int) -> Domain:
@@ -168,8 +183,21 @@ class Machine:
     def _call_loop(self) -> None:
         """Take an image, see call."""
 
+    def _call_points(self) -> None:
+        """Count effects and hold one, see call."""
+
     def _call_slow(self, calls: list[str], milliseconds: int) -> None:
         self.slow_s = dict.fromkeys(calls, milliseconds / 1000)
+
+    def _call_disconnect(self) -> None:
+        """End all connections to xenstored, as a restart of it does."""
+        self.store.disconnect()
+
+    def _call_held(self) -> dict[str, object]:
+        return {"names": self.points.names, "pid": self.points.pid}
+
+    def _call_let_go(self) -> None:
+        self.points.let_go()
 
     def _call_info(self) -> dict[str, int]:
         used_kib = sum(domain.memory_kib for domain in self.domains.values())
@@ -215,16 +243,32 @@ class Machine:
                 f"loading the kernel: too large for {memory_mib} MiB",
                 "raise `memory`: the unpacked kernel and the initrd must fit",
             )
-        if memory_mib * 1024 > min(domain.limit_kib, self._call_info()["free_kib"]):
-            raise CallError(f"allocating {memory_mib} MiB of memory: not enough")
-        domain.memory_kib = memory_mib * 1024
+        return self._furnish(domain, memory_mib * 1024, {"cmdline": cmdline})
+
+    def _furnish(self, domain: Domain, memory_kib: int, state: dict[str, Any]) -> dict[str, int]:
+        """Give a domain its memory, with what is in it: a kernel with a command line, or a guest as it once was."""
+        if memory_kib > min(domain.limit_kib, self._call_info()["free_kib"]):
+            raise CallError(f"allocating {memory_kib // 1024} MiB of memory: not enough")
+        domain.memory_kib = memory_kib
 
         def off(reason: int) -> None:
             self._loop.soon(lambda: self._shut_down(domain, reason))
 
         # The console is there when the domain has been introduced, which comes after this and before it runs.
-        domain.guest = Guest(self._loop, self.store, _LateConsole(domain), domid, cmdline, off)
-        return {"store_frame": 0x1000 + domid, "console_frame": 0x2000 + domid}
+        domain.guest = Guest(self._loop, self.store, _LateConsole(domain), domain.domid, state, off)
+        return {"store_frame": 0x1000 + domain.domid, "console_frame": 0x2000 + domain.domid}
+
+    def _call_memory(self, domid: int) -> dict[str, object]:
+        domain = self._domain(domid)
+        if domain.guest is None or domain.reason != SUSPEND:
+            raise CallError(f"domain {domid} is not suspended: its memory changes")
+        return {"memory_kib": domain.memory_kib, "state": {**domain.guest.state, "memory_kib": domain.memory_kib}}
+
+    def _call_restore(self, domid: int, state: dict[str, Any]) -> dict[str, int]:
+        memory_kib = state["memory_kib"]
+        if type(memory_kib) is not int or memory_kib <= 0:
+            raise CallError("the state of the guest does not say how much memory it has")
+        return self._furnish(self._domain(domid), memory_kib, state)
 
     def _call_pause(self, domid: int) -> None:
         domain = self._domain(domid)
@@ -288,6 +332,8 @@ class _Caller:
     def __init__(self, machine: Machine, loop: Loop, connection: socket.socket) -> None:
         connection.setblocking(False)
         self._machine, self._loop, self._socket = machine, loop, connection
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+        self.pid: int = CREDENTIALS.unpack(credentials)[0]
         machine.connections += 1
         loop.watch(connection.fileno(), self._ready)
 
@@ -322,10 +368,25 @@ class _Caller:
         except (ValueError, KeyError, TypeError, AttributeError):
             self._send({"error": "not a call of the simulated machine"})
             return
-        if wait_s and not descriptors:
-            self._loop.after(wait_s, lambda: self._answer(op, arguments, []))
+        held, descriptors[:] = [*descriptors], []
+
+        def act() -> None:
+            try:
+                self._answer(op, arguments, held)
+            finally:
+                for descriptor in held:
+                    os.close(descriptor)
+
+        def go() -> None:
+            if wait_s:
+                self._loop.after(wait_s, act)
+            else:
+                act()
+
+        if op in EFFECTS:
+            self._machine.points.pass_by(op, self.pid, go)
         else:
-            self._answer(op, arguments, descriptors)
+            go()
 
     def _answer(self, op: str, arguments: dict[str, Any], descriptors: list[int]) -> None:
         if self._socket.fileno() < 0:  # whoever asked has gone

@@ -32,10 +32,8 @@ def main() -> int:
     """Run one simulated host; return its exit status."""
     directory = sys.argv[2]
     os.umask(0o077)
-    lock = os.open(f"{directory}/{MARK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    lock = _take_lock(f"{directory}/{MARK}")
+    if lock < 0:
         return 0  # another one was faster
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"{os.getpid()}\n".encode("ascii"), 0)
@@ -70,6 +68,20 @@ def main() -> int:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(f"{directory}/{MARK}")  # noqa: PTH108 - while the lock is held
     return 0
+
+
+def _take_lock(path: str) -> int:
+    """Return the open lock, -1 when another process has it."""
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return -1
+        if os.fstat(lock).st_nlink:
+            return lock
+        os.close(lock)  # of one that has ended since: the next to come would take another file of this name
 
 
 def _signals() -> int:

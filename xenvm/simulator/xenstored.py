@@ -14,6 +14,7 @@ import socket
 import struct
 from types import MappingProxyType
 
+from xenvm.simulator.points import Points
 from xenvm.simulator.tree import CONTROL_DOMID, Change, Refused, Tree, View, absolute, parent_of, permission
 
 TYPE_CHECKING = False
@@ -33,6 +34,17 @@ DIRECTORY, READ, GET_PERMS, WATCH, UNWATCH, TRANSACTION_START, TRANSACTION_END, 
 GET_DOMAIN_PATH, WRITE, MKDIR, RM, SET_PERMS, WATCH_EVENT, ERROR, IS_DOMAIN_INTRODUCED, RESUME = range(10, 19)
 RESET_WATCHES, DIRECTORY_PART = 21, 22
 OK: Final = b"OK\0"
+CREDENTIALS: Final = struct.Struct("@iII")  # pid, uid, gid
+EFFECTS: Final = {
+    WRITE: "write",
+    MKDIR: "mkdir",
+    RM: "rm",
+    SET_PERMS: "permissions",
+    INTRODUCE: "introduce",
+    RELEASE: "release",
+    RESUME: "resume",
+}
+"""The requests that change something at once."""
 
 
 class Watcher:
@@ -47,8 +59,9 @@ class Watcher:
 class Xenstored:
     """The daemon: the tree, its watches, its connections, and the domains it knows."""
 
-    def __init__(self, loop: Loop, path: str) -> None:
+    def __init__(self, loop: Loop, path: str, points: Points | None = None) -> None:
         self._loop = loop
+        self.points = points or Points()
         self._path = path
         self.tree = Tree()
         self._live = self.tree.view()
@@ -56,7 +69,7 @@ class Xenstored:
         self._introduced: dict[int, bool] = {}  # domid: its end has been told
         self.exists: Callable[[int], bool] = lambda _domid: False
         """Whether the hypervisor has such a domain."""
-        self.connections = 0
+        self.clients: set[_Connection] = set()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(path)
         self._listener.listen(BACKLOG)
@@ -67,6 +80,16 @@ class Xenstored:
         self._live.write(CONTROL_DOMID, "/local/domain/0/name", b"Domain-0")
         self._live.write(CONTROL_DOMID, "/local/domain/0/domid", b"0")
         self._live.changes.clear()
+
+    @property
+    def connections(self) -> int:
+        """How many clients there are."""
+        return len(self.clients)
+
+    def disconnect(self) -> None:
+        """End all connections."""
+        for client in [*self.clients]:
+            client.close()
 
     def close(self) -> None:
         """Remove the socket."""
@@ -209,7 +232,10 @@ class _Connection:
         self._last_transaction = 0
         self._watches: dict[tuple[bytes, bytes], Watcher] = {}
         self._events: list[bytes] | None = None  # while a request is worked on: events go after its answer
-        daemon.connections += 1
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+        self._pid: int = CREDENTIALS.unpack(credentials)[0]
+        self._waits = False  # a request is held
+        daemon.clients.add(self)
         loop.watch(connection.fileno(), self._ready)
 
     def close(self) -> None:
@@ -220,7 +246,7 @@ class _Connection:
         self._socket.close()
         for watcher in self._watches.values():
             self._daemon.unwatch(watcher)
-        self._daemon.connections -= 1
+        self._daemon.clients.discard(self)
 
     def _ready(self, events: int) -> None:
         if events & select.EPOLLOUT:
@@ -237,7 +263,11 @@ class _Connection:
             self.close()
             return
         self._in += received
-        while len(self._in) >= HEADER.size and self._socket.fileno() >= 0:
+        self._requests()
+
+    def _requests(self) -> None:
+        """Do what has arrived, one after the other."""
+        while len(self._in) >= HEADER.size and self._socket.fileno() >= 0 and not self._waits:
             kind, number, transaction, length = HEADER.unpack_from(self._in)
             if length > PAYLOAD_LIMIT_BYTES:
                 self.close()
@@ -246,7 +276,35 @@ class _Connection:
                 return
             payload = bytes(self._in[HEADER.size : HEADER.size + length])
             del self._in[: HEADER.size + length]
+            effect = self._effect(kind, transaction, payload)
+            if effect:
+                self._waits = True
+                self._daemon.points.pass_by(
+                    effect,
+                    self._pid,
+                    lambda: self._go_on(kind, number, transaction, payload),  # noqa: B023
+                )
+            else:
+                self._request(kind, number, transaction, payload)
+
+    def _effect(self, kind: int, transaction: int, payload: bytes) -> str:
+        """Name what others will see of a request, "" when that is nothing."""
+        if transaction:
+            view = self._transactions.get(transaction)
+            changes = view.changes if view and kind == TRANSACTION_END and payload == b"T\0" else []
+            return f"xenstore commit {changes[0].path}" if changes else ""
+        word, path = EFFECTS.get(kind), payload.partition(bytes(1))[0].decode("ascii", "replace")
+        if not word or (kind == RM and self._daemon.read(CONTROL_DOMID, path) is None):
+            return ""
+        return f"xenstore {word} {path}"
+
+    def _go_on(self, kind: int, number: int, transaction: int, payload: bytes) -> None:
+        """Do a request that was held, and those behind it; nothing when whoever sent it has gone."""
+        self._waits = False
+        if self._socket.fileno() >= 0:
             self._request(kind, number, transaction, payload)
+            if self._in:
+                self._loop.soon(self._requests)
 
     def _request(self, kind: int, number: int, transaction: int, payload: bytes) -> None:
         self._events = []

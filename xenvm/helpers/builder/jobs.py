@@ -40,8 +40,8 @@ SCRUB_WAIT_S: Final = 30.0
 DESTROY_WAIT_S: Final = 60.0
 CONSOLE_WAIT_S: Final = 10.0
 TERMINALS: Final = b"/dev/pts/"
-STARTING: Final = frozenset({Op.START, Op.START_PAUSED, Op.START_RESTORED})
-"""What takes on a domain that is there; without one they do as those below."""
+STARTING: Final = frozenset({Op.START, Op.START_PAUSED, Op.START_RESTORED, Op.BUILD, Op.BUILD_PAUSED})
+"""What takes on a domain that is there, whole and ours; without one they do as those below."""
 CREATING: Final = frozenset({Op.BUILD, Op.BUILD_PAUSED, Op.REBUILD, Op.RESTORE, Op.RESTORE_PAUSED})
 RESTORING: Final = frozenset({Op.RESTORE, Op.RESTORE_PAUSED, Op.START_RESTORED})
 PAUSED: Final = frozenset({Op.BUILD_PAUSED, Op.START_PAUSED, Op.RESTORE_PAUSED})
@@ -56,6 +56,8 @@ class Builder:
         self._store = store
         self._plugging = plugging
         self._progress = progress
+        self.left = NO_DOMAIN
+        """What a build that failed has left, as far as that is known: a phase, when it could not be removed."""
         self._seen: tuple[DeviceState, ...] = ()  # devices of which processes may be left that only the broker can end
 
     def run(self, job: Job, images: list[int]) -> Done:
@@ -142,7 +144,7 @@ class Builder:
         if job.op is Op.REBUILD:
             self._progress("destroying the old domain", 0, 0)
             self._destroy(job.uuid)
-        elif self._xen.find(job.uuid):
+        elif self._find(job.uuid).domid > 0:  # what a failed build could not remove itself is removed now
             raise WrongStateError(f"a domain with uuid {job.uuid} exists already", hint="destroy it first")
         if grants.check_memory:
             self._progress("checking memory", 0, 0)
@@ -156,7 +158,9 @@ class Builder:
                 self._xen.unpause(domid)
                 tree.woken(self._store, job.uuid)
         except BaseException:
+            self.left = NO_DOMAIN.but(phase=Phase.BUILDING)
             self._destroy(job.uuid)
+            self.left = NO_DOMAIN
             raise
         self._seen = devices.look(self._store, job.uuid, domid)
         domain = self._xen.look(domid, job.uuid)

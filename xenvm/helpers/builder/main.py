@@ -7,7 +7,7 @@
 """
 
 from xenvm.boundary.frames import Channel
-from xenvm.boundary.messages import NO_DOMAIN, Failed, Fault, Job, Progress
+from xenvm.boundary.messages import NO_DOMAIN, Domain, Failed, Fault, Job, Progress
 from xenvm.boundary.place import HERE
 from xenvm.boundary.privileges import Role
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
@@ -46,11 +46,11 @@ def main() -> int:
     try:
         channel.send(builder.run(job, images))
     except XenvmError as error:
-        return _fail(channel, error)
+        return _fail(channel, error, builder.left)
     return 0
 
 
-def _fail(channel: Channel, error: XenvmError) -> int:
+def _fail(channel: Channel, error: XenvmError, left: Domain = NO_DOMAIN) -> int:
     fault = Fault(int(error.code), error.message[:4000], error.hint[:1000])
-    channel.send(Failed(0, fault, NO_DOMAIN))
+    channel.send(Failed(0, fault, left))
     return int(ExitCode.FAILED)

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from xenvm.boundary.messages import Affinity, CpuidRule, Domain, DomainState, Phase
 from xenvm.boundary.place import HERE
 from xenvm.errors import WrongStateError
-from xenvm.helpers.builder import hypervisor
+from xenvm.helpers import imagefile, saved
+from xenvm.helpers.builder import hypervisor, pages
+from xenvm.helpers.builder import image as images
 from xenvm.helpers.builder.hypervisor import SHUTDOWN_POWEROFF, Channels, HostMemory, HypervisorError, Rings
 from xenvm.simulator.client import Machine, MachineError
 
@@ -19,11 +22,8 @@ if TYPE_CHECKING:
 
     from xenvm.boundary.messages import Grants
     from xenvm.helpers.builder.hypervisor import Frames
-    from xenvm.helpers.saved import Head
 
     Told = dict[str, Any]
-
-NO_IMAGES = "a simulated guest has no memory that could be saved or restored"
 
 
 class Hypervisor(hypervisor.Hypervisor):
@@ -82,27 +82,37 @@ class Hypervisor(hypervisor.Hypervisor):
         return Rings(**frames)
 
     def save_pv(
-        self,
-        domid: int,  # noqa: ARG002
-        image: int,  # noqa: ARG002
-        grants: Grants,  # noqa: ARG002
-        suspend: Callable[[], None],  # noqa: ARG002
-        frames: Frames,  # noqa: ARG002
-    ) -> Head:
-        """Refuse: there is no memory to write."""
-        raise WrongStateError(NO_IMAGES)
+        self, domid: int, image: int, grants: Grants, suspend: Callable[[], None], frames: Frames
+    ) -> saved.Head:
+        """Write the whole image of a running domain: its state, in the form that real ones have."""
+        head = saved.head(grants)
+        imagefile.write(image, head.content)
+        suspend()
+        told = self._call("memory", domid=domid)
+        total = told["memory_kib"] // images.PAGE_KIB
+        done = 0
+        for part in pages.stream(told["state"], told["memory_kib"]):
+            imagefile.write(image, part)
+            done = min(total, done + len(part) // images.PAGE_BYTES)
+            frames(done, total)
+        imagefile.write(image, saved.TAIL)
+        return head
 
     def restore_pv(self, domid: int, stream: int, channels: Channels) -> Rings:  # noqa: ARG002
-        """Refuse: there is no memory to read."""
-        raise WrongStateError(NO_IMAGES)
+        """Give the domain the state that the stream tells of."""
+        return Rings(**self._call("restore", domid=domid, state=pages.state_in(stream)))
 
-    def check_release(self, major: int, minor: int) -> None:  # noqa: ARG002
-        """Refuse any image."""
-        raise WrongStateError(NO_IMAGES)
+    def check_release(self, major: int, minor: int) -> None:
+        """Refuse the image of a real guest; a real Xen refuses those of simulated ones."""
+        if (major, minor) != pages.RELEASE:
+            raise WrongStateError(
+                f"the image was written by Xen {major}.{minor}, this host is a simulated one",
+                hint="a real guest can be restored on a real Xen host only",
+            )
 
     def punch(self, image: int, offset: int, length: int) -> int:  # noqa: ARG002
-        """Refuse."""
-        raise WrongStateError(NO_IMAGES)
+        """Say that there can be no holes: what makes them belongs to the library of a real host."""
+        return -errno.EOPNOTSUPP
 
     def pause(self, domid: int) -> None:
         """Stop the guest; it is counted."""

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Some of the fault matrix in each run of the tests; `scripts/faults` does the whole. And that it would see a fault."""
+
+import time
+
+import pytest
+from faults import OPERATIONS, PAIRS, Numbered, count, hurried
+from vms import SimulatedHost, kill, until
+
+RUNS = [
+    ("build", 0.5, "worker", "kill"),
+    ("build", 0.3, "supervisor", "kill"),
+    ("build", 1.0, "worker", "kill"),
+    ("adopt", 1.0, "broker", "kill"),
+    ("pause", 0.0, "broker", "memory"),
+    ("pause", 1.0, "broker", "descriptors"),
+    ("attach", 0.5, "watcher", "stop"),
+    ("detach", 0.4, "supervisor", "stop"),
+    ("checkpoint", 0.7, "worker", "kill"),
+    ("save", 0.1, "supervisor", "kill"),
+    ("save", 0.6, "broker", "kill"),
+    ("restore", 0.5, "worker", "descriptors"),
+    ("destroy", 0.5, "worker", "kill"),
+    ("restart", 0.4, "broker", "kill"),
+    ("reboot", 0.2, "worker", "kill"),
+]
+
+
+@pytest.fixture(scope="module")
+def host():
+    made = SimulatedHost()
+    yield made
+    made.close()
+
+
+def effects(host, name):
+    if name not in Numbered.effects:
+        Numbered.effects[name] = len(count(host, name))
+    return Numbered.effects[name]
+
+
+@pytest.mark.parametrize(("name", "part", "victim", "how"), RUNS)
+def test_nothing_is_lost_and_nothing_left(host, name, part, victim, how):
+    """Part 0 is before the first effect, 1 is when all is done and nobody knows it yet."""
+    point = 1 + round(effects(host, name) * part)
+    letter, seconds = Numbered(host, name, point, victim, how).run()
+    assert letter in ("o", "x")
+    assert seconds < 60
+
+
+def test_a_helper_that_stands_still_has_a_deadline(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("programs")
+    for path in (directory, *list(directory.parents)[:2]):
+        path.chmod(0o755)
+    host = SimulatedHost(hurried(directory))
+    try:
+        Numbered.effects.setdefault("pause", 1)
+        assert Numbered(host, "pause", 1, "worker", "stop").run()[0] == "x"
+    finally:
+        host.close()
+
+
+def test_every_operation_has_points_and_every_victim_a_fault(host):
+    assert len(PAIRS) == len(set(PAIRS)) >= 18
+    assert effects(host, "build") > 10
+    assert effects(host, "destroy") > 5
+    assert set(OPERATIONS) >= {"build", "attach", "save", "restore", "destroy", "restart", "adopt"}
+
+
+def test_a_fault_would_be_seen(host):
+    """A guest that is killed behind the monitor's back is what the matrix exists to notice."""
+
+    class Lost(Numbered):
+        def strike(self):
+            kill(self.pid())
+            for domid in self.host.domains().values():
+                self.host.destroy(domid)
+            self.go_on()
+            return []
+
+    effects(host, "pause")
+    case = Lost(host, "pause", 1, "watcher", "kill")
+    begin = time.monotonic()
+    with pytest.raises(AssertionError, match="the guest was lost"):
+        case.run()
+    assert time.monotonic() - begin < 60
+    case.vm.end()
+    until(lambda: case.vm.left() == [], "nothing is left", 20)
