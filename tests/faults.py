@@ -347,7 +347,9 @@ class Case:
             self.operation.prepare()
         self.client = self.reach()
         if self.client is None:
-            if not self.stays:
+            if self.stays:  # the operation has been done
+                self.settle(0)
+            else:
                 self.vm.end()
             return "-", 0.0
         struck = time.monotonic()
