@@ -37,6 +37,7 @@ from xenvm.boundary.devices import (
     is_bridge,
 )
 from xenvm.boundary.images import Image, Inspect, Restore, Save
+from xenvm.boundary.machine import MACHINE_MESSAGES, MACHINES, MODELS, Machine, ModelState
 from xenvm.boundary.workers import (
     Connect,
     Decrypt,
@@ -77,6 +78,10 @@ class Op(StrChoice):
     PAUSE = "pause"
     UNPAUSE = "unpause"
     RESUME = "resume"
+    CRASH = "crash"
+    PRESS_POWER = "press-power"
+    NMI = "nmi"
+    S_STATE = "s-state"
     ASK_POWEROFF = "ask-poweroff"
     ASK_REBOOT = "ask-reboot"
     WITHDRAW = "withdraw"
@@ -206,7 +211,7 @@ class Affinity(Checked):
 
 
 class Grants(Checked):
-    """What the administrator's config entitles a VM to. Sealed in the broker; nothing later can widen it."""
+    """What the administrator's config entitles a VM to. Sealed in the broker, `machine` for HVM guests."""
 
     uuid: str
     name: str
@@ -225,6 +230,7 @@ class Grants(Checked):
     nics: tuple[NicGrant, ...]
     device_timeout_s: int
     image: str = ""
+    machine: tuple[Machine, ...] = ()
     CHECKS: ClassVar = {
         "uuid": _UUID_TEXT,
         "name": _NAME_TEXT,
@@ -243,6 +249,7 @@ class Grants(Checked):
         "nics": NIC_GRANTS,
         "device_timeout_s": _SECONDS,
         "image": _PATH_TEXT,
+        "machine": MACHINES,
     }
 
 
@@ -383,6 +390,7 @@ class Done(Message):
     domain: Domain
     text: str
     devices: tuple[DeviceState, ...] = ()
+    models: tuple[ModelState, ...] = ()
     KIND: ClassVar = 4
     DESCRIPTORS: ClassVar = 1
     CHECKS: ClassVar = {
@@ -390,6 +398,7 @@ class Done(Message):
         "domain": Domain.from_body,
         "text": string(32768),
         "devices": STATES,
+        "models": MODELS,
     }
 
 
@@ -571,8 +580,9 @@ class Ready(Message):
     """Broker to builder or hotplug: the block devices are open (here are their numbers), the cards are bridged."""
 
     vbds: tuple[Vbd, ...]
+    models: tuple[ModelState, ...] = ()
     KIND: ClassVar = 15
-    CHECKS: ClassVar = {"vbds": VBDS}
+    CHECKS: ClassVar = {"vbds": VBDS, "models": MODELS}
 
 
 KINDS: Final[Mapping[int, type[Message]]] = {
@@ -580,8 +590,7 @@ KINDS: Final[Mapping[int, type[Message]]] = {
     for message in (
         *(Hello, Init, Ask, Done, Failed, Progress, Job, Watch, Parsed, Outcome),
         *(Plug, Unplug, Rebridge, Created, Ready, Join, Serve, Served, Connect, Decrypt, Release),
-        *(Unpack, Unpacked, Sum, Summed),
-        *(Save, Restore, Inspect, Image),
+        *(Unpack, Unpacked, Sum, Summed, Save, Restore, Inspect, Image, *MACHINE_MESSAGES),
     )
 }
 

@@ -14,6 +14,7 @@ import select
 import time
 
 from xenvm.boundary.images import Image
+from xenvm.boundary.machine import EndModel, Loaded
 from xenvm.boundary.messages import (
     NO_DOMAIN,
     Ask,
@@ -34,6 +35,7 @@ from xenvm.boundary.privileges import Role
 from xenvm.broker import findings, host, images, strays, uevents
 from xenvm.broker.book import Book
 from xenvm.broker.children import Child
+from xenvm.broker.models import Models
 from xenvm.broker.phases import (
     LEAVES_SUSPENDED,
     LOOKED_UP,
@@ -49,8 +51,9 @@ from xenvm.broker.phases import (
 )
 from xenvm.broker.requests import REQUESTS, change_of, must_wait, note, op_of, undone
 from xenvm.broker.spares import Spares
+from xenvm.broker.tidying import look_again, what_is_left
 from xenvm.broker.uevents import Uevents
-from xenvm.broker.work import Change, Work, allow, failed, forget, let_run, log_job, look_again
+from xenvm.broker.work import Change, Work, allow, failed, forget, let_run, log_job
 from xenvm.context import suppress
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 
@@ -71,7 +74,6 @@ if TYPE_CHECKING:
 RESTARTS_PER_MINUTE: Final = 5
 WATCHER_PAUSE_S: Final = 1.0  # before it is started again, and twice as long each time: xenstored may be starting too
 LISTENER_THERE, WATCHER_THERE, SUPERVISOR_THERE = 4, 5, 4
-SELDOM_FOLLOWED: Final = frozenset({Op.FIND, Op.DESTROY, Op.SETTLE})  # no helper is made ready after these
 STARTUP_OPS: Final = {"started": Op.START, "paused": Op.START_PAUSED, "shutdown": Op.FIND}  # else: from an image
 
 
@@ -102,7 +104,7 @@ class Broker:
         self._spares = Spares(log, grants.uuid)
         self._spares.update({Role.BUILDER: spare} if spare else {})
         self._book = Book(host_policy)
-        self._uevents = Uevents(directory)
+        self._uevents, self._models = Uevents(directory), Models(grants.uuid)
         self._postponed: list[tuple[Message, list[int]]] = []
         self._recheck = False  # udev has told of a removed device; looked at when no job runs, which may have done it
         self._phase, self._domid = VmPhase.UNKNOWN, -1
@@ -144,9 +146,8 @@ class Broker:
             if lost is not None and lost.pidfd < 0:  # ended because it did not take a message
                 self._gone(lost)
         poll = select.poll()
-        poll.register(wakeup, select.POLLIN)
-        if self._uevents.fileno() >= 0:
-            poll.register(self._uevents.fileno(), select.POLLIN)
+        for descriptor in {wakeup, self._uevents.fileno(), self._models.pidfd} - {-1}:
+            poll.register(descriptor, select.POLLIN)
         children = [child for child in (self._supervisor, self._watcher) if child is not None]
         children += self._work.children if self._work else []
         children += self._keeping.children if self._keeping else []
@@ -155,6 +156,8 @@ class Broker:
             poll.register(child.channel.fileno(), select.POLLIN)
             poll.register(child.pidfd, select.POLLIN)
         ready = {descriptor for descriptor, _ in poll.poll(self._timeout_ms())}
+        if self._models.pidfd in ready:  # first: what follows closes descriptors, and their numbers are used again
+            self._models.ended(self._acts)
         if wakeup in ready:
             self._signalled(os.read(wakeup, 64))
         for child in children:
@@ -166,6 +169,8 @@ class Broker:
                 self._gone(child)
         if self._uevents.fileno() in ready:
             self._recheck |= self._uevents.removed()
+        if not self._work and self._models.take_lost():
+            self._begin(0, Op.CRASH, PERMITS[Op.QUERY].deadline_s)
         while self._postponed and not self._work and self._supervisor:
             message, descriptors = self._postponed.pop(0)
             self._take_all(self._supervisor, message, descriptors)
@@ -274,6 +279,11 @@ class Broker:
             self._to_supervisor(message.but(sequence=work.sequence))
         elif work and child is work.builder and isinstance(message, Created) and not work.created:
             self._created(work, message)
+        elif work and child is work.builder and isinstance(message, Loaded):
+            self._plugged(work, lambda plugging: plugging.loaded(message.domid))
+        elif work and child is work.builder and isinstance(message, EndModel):
+            self._models.end(message.domid, message.server)
+            child.channel.send(Ready(()))
         elif work and child is work.builder and isinstance(message, Done | Failed):
             work.result = message
             child.end(grace_ms=5000)
@@ -461,8 +471,7 @@ class Broker:
             return
         try:
             step(plugging)
-            ready = plugging.ready
-            answer: Message | None = Ready(ready) if ready is not None else None
+            answer: Message | None = plugging.answer
         except XenvmError as error:
             plugging.close(succeeded=False)
             work.plugging = None
@@ -500,6 +509,8 @@ class Broker:
         log_job(self._acts, "result", work.op, urgent, pid=work.builder.pid, result=result)
         if isinstance(message, Done):
             note(self._book, work, message)
+            if self._models.note(work.op, message, self._acts):
+                self._models.tell(self._to_supervisor)
             if not work.created and work.op in LOOKED_UP:
                 strays.tidy(self._grants.uuid, self._book, self._log, self._acts)
             if work.kernel and not (self._keeping and self._keeping.children) and work.kernel.keep():
@@ -520,7 +531,7 @@ class Broker:
                 self._first(work, Op.RESUME, answer)
             else:
                 self._to_supervisor(answer)
-        seldom = SELDOM_FOLLOWED | (REBUILDING if isinstance(message, Failed) else set())
+        seldom = {Op.FIND, Op.DESTROY, Op.SETTLE} | (REBUILDING if isinstance(message, Failed) else set())
         if not self._work and work.op not in seldom:
             self._spares.make_ready(work.builder.role)
             if work.change.wanted.vifs and work.op in ON_DEVICES:
@@ -543,7 +554,7 @@ class Broker:
             return
         if work.op is not Op.CONSOLE:
             domain = self._known() if work.op in ON_DEVICES else done.domain
-            text = done.text if work.op in ON_DEVICES | SAVING else ""
+            text = done.text if work.op in ON_DEVICES | SAVING | {Op.S_STATE} else ""
             if work.op in (Op.DEVICES, Op.SETTLE):
                 left = strays.find(self._grants.uuid, self._book.disks, self._book.servers)
                 text = "\n".join([*findings.of_host(), *left.sentences()])
@@ -571,29 +582,19 @@ class Broker:
             self._begin(0, Op.SETTLE, PERMITS[Op.SETTLE].deadline_s)
 
     def _after_failure(self, work: Work) -> Done | None:
-        """Learn what a build that failed has left, and have removed what is half there.
-
-        A domain that is whole is never touched: return the answer that the job would have had if it is a new one, or
-        one to be adopted. A failure is logged, and the record in xenstore lets the next look or start retry.
-        """
-        before = self._domid
+        """Learn what a build that failed has left, and have removed what is half there; see `what_is_left`."""
+        before, told = self._domid, work.result is not None and (work.created or work.op is not Op.REBUILD)
         if work.waits_for_kernel and work.op is Op.REBUILD:  # nobody has touched the domain
             return None
         self._set_phase(VmPhase.ABSENT, -1)
-        told = work.result is not None and (work.created or work.op is not Op.REBUILD)
         if told or work.created:  # its image servers served a domain that is gone
             self._book.domain_gone(for_good=False)
         if told:
             return None
         builder = Child(Role.BUILDER, self._log, {}, self._grants.uuid)
-        answer = look_again(builder, self._grants, PERMITS[Op.DESTROY].deadline_s, self._acts)
+        answer = look_again(builder, self._grants, self._acts, self._models)
         if answer:
             self._learn(answer.domain)
-        if not isinstance(answer, Done):
-            return None
-        self._book.seen(answer.devices)
-        absent = answer.domain.state is DomainState.ABSENT
-        if absent or work.created:
-            self._book.domain_gone(for_good=absent)
-        served = work.created and any(state.server for state in answer.devices)  # by servers that have been ended
-        return None if served or answer.domain.domid in (-1, before) else answer.but(sequence=work.sequence)
+        if isinstance(answer, Done) and self._models.note(Op.FIND, answer, self._acts):
+            self._models.tell(self._to_supervisor)
+        return what_is_left(work, answer, before, self._book)

@@ -12,6 +12,7 @@ from xenvm.boundary.privileges import Role
 from xenvm.broker.children import Child
 from xenvm.broker.images import Feed, identity
 from xenvm.broker.kernels import Kernel
+from xenvm.broker.models import Launching
 from xenvm.broker.phases import PERMITS, RESTORING, SAVING
 from xenvm.broker.plugging import Plugging, Wanted
 from xenvm.context import suppress
@@ -85,6 +86,8 @@ class Work:
         """What the builder has not been told yet: it waits for the kernel."""
         self.kernel: Kernel | None = None
         self.initrd = -1
+        self.firmware: list[int] = []
+        """Firmware loader and BIOS of an HVM guest, which nobody has to unpack."""
 
     def begin(self, domid: int, grants: Grants, images: list[int], log: int, spares: Spares) -> None:
         """Take over the images, kernel first, and give the helper its job when they are ready.
@@ -93,11 +96,15 @@ class Work:
         """
         wanted = self.change.wanted
         try:
-            self.initrd = images[1] if len(images) > 1 else -1
-            self.kernel = Kernel(images[0], grants.uuid, log) if images else None
-            if wanted.disks or wanted.vifs:
+            if images and grants.machine:
+                self.firmware += images
+            else:
+                self.initrd = images[1] if len(images) > 1 else -1
+                self.kernel = Kernel(images[0], grants.uuid, log) if images else None
+            launching = Launching(grants, log) if self.firmware else None
+            if wanted.disks or wanted.vifs or launching:
                 network = spares.take(Role.NETWORK) if wanted.vifs else None
-                self.plugging = Plugging(grants.uuid, log, wanted, self.change.timeout_s, network)
+                self.plugging = Plugging(grants.uuid, log, wanted, self.change.timeout_s, network, launching)
             if self.op in RESTORING and self.change.image >= 0:
                 self.held[:] = [self.change.image] if self.op is Op.START_RESTORED else []  # else it is the request's
                 self.feed = Feed(grants.uuid, log, self.change.image)
@@ -124,7 +131,7 @@ class Work:
         if job is None or (self.kernel and self.kernel.ready < 0):
             return
         self.job = None
-        images = [self.kernel.ready] if self.kernel else []
+        images = [self.kernel.ready] if self.kernel else [*self.firmware]
         images += [self.initrd] if self.initrd >= 0 else []
         if self.feed or self.op in SAVING:
             images = [self.feed.pipe if self.feed else self.change.image]
@@ -149,6 +156,9 @@ class Work:
         if self.initrd >= 0:
             os.close(self.initrd)
             self.initrd = -1
+        for descriptor in self.firmware:
+            os.close(descriptor)
+        self.firmware.clear()
 
     def outcome(self, known: Domain) -> Message:
         """Return what its helper has answered, or that it did not, and why."""
@@ -178,18 +188,6 @@ def ask_once(child: Child, message: Message, deadline_s: float) -> Done | Failed
         raise XenvmError(f"the {child.role} worker {child.how()} without an answer")
     finally:
         child.end(grace_ms=2000)
-
-
-def look_again(builder: Child, grants: Grants, deadline_s: float, acts: ActLog) -> Done | Failed | None:
-    """Have a fresh builder remove what is half there, and say what is left; None when it gave no answer."""
-    acts.append("job", op="find", domid=-1, pid=builder.pid)
-    try:
-        answer = ask_once(builder, Job(Op.FIND, grants.uuid, -1, grants), deadline_s)
-    except XenvmError as error:
-        acts.append("result", op="find", result=error.message[:200])
-        return None
-    acts.append("result", op="find", result=type(answer).__name__)
-    return answer
 
 
 def log_job(acts: ActLog, act: str, op: Op, urgent: bool, **details: object) -> None:
