@@ -26,6 +26,7 @@ MACHINE = Machine(
     **dict.fromkeys(("timeoffset_s", "videoram_mib", "serial_port"), 0),
     **dict.fromkeys(("platform", "bios_strings", "extra", "nic_models"), ()),
     viridian=False,
+    vnc_host="",
     boot="c",
     serial="pty",
     serial_host="",

@@ -491,8 +491,16 @@ def test_destroy_at_any_point_of_a_start(hvm, disk):
 
 @pytest.mark.long
 def test_cards_are_emulated_beside_the_pv_ones(hvm, disk, bridge):
-    guest = hvm(disk=f"{disk()}:file:hda:w:disk", boot="c", nic=f"bridge={bridge},model=e1000")
+    """And a screen is served on the address of the bridge."""
+    guest = hvm(
+        disk=f"{disk()}:file:hda:w:disk",
+        boot="c",
+        nic=f"bridge={bridge},model=e1000",
+        display="vnc:listen=10.77.0.1",
+    )
     guest.start()
+    with socket.create_connection(("10.77.0.1", int(guest.cmd("get-vnc").stdout)), timeout=60) as screen:
+        assert screen.recv(12).startswith(b"RFB 003.")
     ports = {path.name for path in Path(f"/sys/class/net/{bridge}/brif").iterdir()}
     assert ports == {f"vif{guest.domid}.0", f"vif{guest.domid}.0-emu"}
     assert run("xenvm-audit", guest.uuid).returncode == 0

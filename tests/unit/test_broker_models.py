@@ -2,6 +2,7 @@
 """The broker and the device model of its VM: started in time, watched, ended, and its death a crash."""
 
 import os
+import socket
 import subprocess
 import time
 
@@ -105,6 +106,23 @@ def test_it_starts_when_the_domain_is_loaded_and_not_before(bench, qemu):
     assert (launch.domid, launch.name, launch.drives, launch.taps) == (8, "web", (), ())
     assert descriptors == 3
     assert qemu.poll() is None
+
+
+def with_a_screen(bench, **changes):
+    (machine,) = bench.broker._grants.machine
+    bench.broker._grants = bench.broker._grants.but(machine=(machine.but(vnc_port=0, videoram_mib=8, **changes),))
+    child = begun(bench)
+    bench.answer(Loaded(8))
+    return child
+
+
+def test_a_screen_is_served_where_it_was_granted(bench):
+    child = with_a_screen(bench, vnc_host="127.0.0.2")
+    _, descriptors = child.there.receive(deadline_s=5)
+    bench.kept = descriptors
+    with socket.socket(fileno=os.dup(descriptors[3])) as listener:
+        assert listener.getsockname()[0] == "127.0.0.2"
+    assert len(descriptors) == 4
 
 
 def test_a_start_to_its_end(bench, qemu, tmp_path):

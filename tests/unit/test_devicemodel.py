@@ -25,6 +25,7 @@ PLAIN = Machine(
     serial_host="",
     serial_port=0,
     vnc_port=0,
+    vnc_host="127.0.0.1",
     keymap="en-us",
     nic_models=(NicModel(0, "e1000"),),
     platform=(),
@@ -139,13 +140,14 @@ nic =
 disk = /dev/vg/test:phy:hda:w:disk
 disk = /srv/cd.iso:file:hdd:r:cdrom
 boot = dc
-display = vnc:use-port-unused,keymap=de
+display = vnc:use-port-unused,keymap=de,listen=10.0.0.1
 serial = tcp:127.0.0.1:4555
 """
     (grants,) = parsed(lines).grants
     (one,) = grants.machine
     assert (one.pae, one.acpi, one.apic, one.nx) == (True, True, True, False)
     assert (one.vnc_port, one.keymap, one.videoram_mib, one.boot) == (0, "de", 8, "dc")
+    assert one.vnc_host == "10.0.0.1"
     assert (one.serial, one.serial_host, one.serial_port) == ("tcp", "127.0.0.1", 4555)
     assert Machine.from_body(one.as_body()) == one
     assert grants.kernel == ""
@@ -170,6 +172,7 @@ def test_a_pv_guest_has_no_machine():
         (b"serial = /dev/ttyS0", "serial"),
         (b"display = sdl", "display"),
         (b"display = intel", "display"),
+        (b"display = vnc:password-file=/etc/p", "password_file"),
         (b"videoram = 12", "videoram_mib"),
     ],
 )

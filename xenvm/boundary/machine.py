@@ -46,7 +46,7 @@ class NicModel(Checked):
 class Machine(Checked):
     """What an HVM guest finds beyond memory and devices. -1 stands for "as Xen does it".
 
-    `vnc_port` is a TCP port, 0 the first unused one, -1 no display. `serial` is pty, none or tcp.
+    `vnc_port` is a TCP port at `vnc_host`, 0 the first unused one, -1 no display. `serial` is pty, none or tcp.
     """
 
     pae: bool
@@ -64,6 +64,7 @@ class Machine(Checked):
     serial_host: str
     serial_port: int
     vnc_port: int
+    vnc_host: str
     keymap: str
     nic_models: tuple[NicModel, ...]
     platform: tuple[Setting, ...]
@@ -81,6 +82,7 @@ class Machine(Checked):
         "serial_host": string(15, IPV4),
         "serial_port": number(0, 65535),
         "vnc_port": number(-1, 65535),
+        "vnc_host": string(15, IPV4),
         "keymap": string(32, KEYMAP),
         "nic_models": array(NicModel.from_body, NICS_LIMIT),
         "platform": array(Setting.from_body, 256),
@@ -92,7 +94,7 @@ class Machine(Checked):
 class ModelState(Checked):
     """The device model of a domain: `server` is pid and start time, `tty` its serial port's terminal, "" without one.
 
-    `vnc_port` is the TCP port on 127.0.0.1 that it serves, 0 without a display.
+    `vnc_port` is the TCP port that it serves, 0 without a display.
     """
 
     server: str

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from xenvm.broker.actlog import ActLog
 
 RUN_DIRECTORY: Final = "/run/xenvm"
-LOOPBACK: Final = "127.0.0.1"
 VNC_PORTS: Final = range(5900, 6000)  # RFC 6143: display N is port 5900 + N; as many as QEMU itself would try
 SERIAL_WAIT_MS: Final = 3000
 DEFAULT_CARD: Final = "rtl8139"
@@ -221,11 +220,11 @@ class Launching:
             self._named = False
 
     def _sockets(self) -> list[int]:
-        """Return QMP's two ends, then the sockets for VNC clients and of the serial port, as they are wanted."""
+        """Return QMP's two ends, then what VNC and the serial port need, as they are wanted."""
         made = self._qmp()
         try:
             if self._machine.vnc_port >= 0:
-                vnc, self._port = _listen(self._machine.vnc_port)
+                vnc, self._port = _listen(self._machine.vnc_host, self._machine.vnc_port)
                 made.append(vnc)
             if self._machine.serial == "tcp":
                 made.append(_connect(self._machine.serial_host, self._machine.serial_port))
@@ -287,18 +286,18 @@ def _open_log(uuid: str) -> int:
         raise XenvmError(f"device model: cannot open the log {path}: {error.strerror}") from error
 
 
-def _listen(wanted: int) -> tuple[int, int]:
-    """Return a socket that listens for VNC clients of this host, and its port; 0 takes the first free one."""
+def _listen(address: str, wanted: int) -> tuple[int, int]:
+    """Return a socket that listens for VNC clients, and its port; 0 takes the first free one."""
     for port in (wanted,) if wanted else VNC_PORTS:
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((LOOPBACK, port))
+            listener.bind((address, port))
             listener.listen(8)
         except OSError as error:
             listener.close()
             if error.errno != errno.EADDRINUSE:
-                raise XenvmError(f"display: cannot listen on port {port}: {error.strerror}") from error
+                raise XenvmError(f"display: cannot listen on {address}:{port}: {error.strerror}") from error
             continue
         return listener.detach(), port
     if wanted:

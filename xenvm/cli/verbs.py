@@ -69,7 +69,7 @@ VERBS = (
         "put a disc into a drive: a PV guest sees a new read-only disk, an HVM guest a disc in its drive",
     ),
     Verb("cd-eject", "DEVICE [force=true] [timeout=S]", "take the disc out of a drive", bare="device"),
-    Verb("get-vnc", "", "print the TCP port of an HVM guest's screen, on 127.0.0.1"),
+    Verb("get-vnc", "", "print the TCP port of an HVM guest's screen"),
     Verb("trigger", "WORD", "press the power button of an HVM guest, reset it, or send an nmi", bare="params"),
     Verb("s3suspend", "", "refused: this version does not put guests to sleep"),
     Verb("s3resume", "", "refused, as s3suspend is"),

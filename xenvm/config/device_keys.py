@@ -119,7 +119,9 @@ DEVICE_KEYS: Final = (
         hvm_default=DisplaySpec(kind=DisplayKind.VNC),
         published=True,
         help="The guest's screen. Options of vnc: `use-port-unused` (so by default) or `port=N`, a display 0 to 99 or "
-        "a TCP port from 5900 on; `keymap=NAME`. This version knows vnc and none, and for PV guests none.",
-        applied="`-vnc` of QEMU, on the loopback address; with PV a vfb and a vkbd",
+        "a TCP port from 5900 on; `keymap=NAME`; `listen=ADDRESS` of the host, by default 127.0.0.1; "
+        "`password-file=PATH`, which is refused, since Debian's QEMU for Xen is built without what a password takes. "
+        "This version knows vnc and none, and for PV guests none.",
+        applied="a listening socket of QEMU; with PV a vfb and a vkbd",
     ),
 )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DEFAULT_VIDEO_MIB: Final = 8  # of the cirrus card, which xl gives by default too
 VIDEO_MIB: Final = (8, 16, 32, 64, 128, 256, 512)
+LOOPBACK: Final = "127.0.0.1"
 SCSI_IDS: Final = 7
 EXTRA_LIMIT: Final = 64
 TEXT_LIMIT: Final = 1024
@@ -42,6 +43,7 @@ def machine(config: Config) -> Machine:
         serial_host=serial.host or "",
         serial_port=serial.port or 0,
         vnc_port=(config.display.vnc_port or 0) if display else -1,
+        vnc_host=config.display.listen or LOOPBACK,
         keymap=config.display.keymap or "",
         nic_models=tuple(NicModel(nic.id, nic.model) for nic in config.nics if nic.model),
         platform=tuple(Setting(one.key, one.value) for one in config.platform),
@@ -67,12 +69,14 @@ def refused(config: Config, lines: Mapping[str, int]) -> Iterator[ConfigIssue]:
         "memory_max_mib": config.memory_max_mib not in (None, config.memory_mib),
         "serial": config.serial.kind is SerialKind.DEVICE,
         "display": config.display.kind in (DisplayKind.SDL, DisplayKind.INTEL),
+        "password_file": config.display.password_file is not None,
         "videoram_mib": config.videoram_mib not in (None, *VIDEO_MIB),
         "extra_hvm": len(config.extra_hvm) > EXTRA_LIMIT,
     }
     for field, wrong in given.items():
         if wrong:
-            yield ConfigIssue(lines.get(field, 0), "", f"this version of xenvm {UNABLE[field]}", HINTS.get(field, ""))
+            place = "display" if field == "password_file" else field
+            yield ConfigIssue(lines.get(place, 0), "", f"this version of xenvm {UNABLE[field]}", HINTS.get(field, ""))
     for disk in config.disks:
         why = _disk(disk)
         if why:
@@ -109,6 +113,7 @@ UNABLE: Final = {
     "memory_max_mib": "gives an HVM guest all of its memory at once",
     "serial": "leads the serial port of an HVM guest to pty, none or tcp:IP:PORT",
     "display": "shows the screen of an HVM guest over vnc: this host's QEMU has no sdl, and intel needs pass-through",
+    "password_file": "asks for no password on VNC: Debian's QEMU for Xen is built without the DES cipher that it takes",
     "videoram_mib": f"has graphics cards with {', '.join(map(str, VIDEO_MIB))} MiB",
     "extra_hvm": f"passes at most {EXTRA_LIMIT} extra arguments on",
 }
@@ -116,4 +121,5 @@ HINTS: Final = {
     "inject_sci": "the command trigger presses the buttons",
     "memory_max_mib": "leave memory-max out, or give it the value of memory",
     "display": "write `display = vnc` or `display = none`",
+    "password_file": "leave it out; on 127.0.0.1, a tunnel (`ssh -L`) shows the screen to those who may log in",
 }

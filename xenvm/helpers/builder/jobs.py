@@ -202,8 +202,8 @@ class Builder:
         if job.vbds or job.vifs or machine:
             self._progress("starting the device model" if machine else "connecting the devices", 0, 0)
             model = self._plugging.finish(domid)
-            if model:
-                tree.write_model(store, job.uuid, domid, model)
+            if machine and model:
+                tree.write_model(store, job.uuid, domid, model, machine.vnc_host)
         return domid
 
     def _boot(self, grants: Grants, images: list[int], domid: int, channels: Channels) -> Rings:

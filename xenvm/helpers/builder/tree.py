@@ -137,7 +137,7 @@ def write_machine(store: Store, domid: int, uuid: str, machine: Machine) -> None
     store.transaction(steps)
 
 
-def write_model(store: Store, uuid: str, domid: int, model: ModelState) -> None:
+def write_model(store: Store, uuid: str, domid: int, model: ModelState, vnc_host: str) -> None:
     """Note the device model in our record, and for xl where serial port and screen are."""
 
     def steps() -> None:
@@ -149,7 +149,7 @@ def write_model(store: Store, uuid: str, domid: int, model: ModelState) -> None:
         if model.tty:
             store.write(f"{domain_path(domid)}/serial/0/tty", model.tty)
         if model.vnc_port:
-            store.write(f"{domain_path(domid)}/console/vnc-listen", "127.0.0.1")
+            store.write(f"{domain_path(domid)}/console/vnc-listen", vnc_host)
             store.write(f"{domain_path(domid)}/console/vnc-port", str(model.vnc_port))
 
     store.transaction(steps)
