@@ -187,9 +187,9 @@ def test_a_hostile_one_does_not_hold_the_supervisor(monitor, name, greeted):
         assert monitor.state()["state"] == "running"
         assert time.monotonic() - began < 3
         code, message, _ = client.refusal()
-        assert code in (ExitCode.WRONG_STATE, ExitCode.TIMED_OUT)
+        assert code is ExitCode.WRONG_STATE
         assert "device model" in message
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 8  # well before the time limit for its answer
         assert monitor.nothing_asked()
         assert monitor.state()["state"] == "running"
     finally:

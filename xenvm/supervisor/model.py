@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from xenvm.errors import XenvmError
 
 ANSWER_WAIT_S: Final = 10.0
+FLOOD_BYTES: Final = 1 << 20
+FLOOD_S: Final = 10.0
+"""More bytes than that in this time are no conversation: an honest one says a few hundred in its life."""
 
 
 class Step(Record):
@@ -58,6 +61,7 @@ class Model:
         self._identifier = 0
         self._asked: Step | None = None
         self._ready = False
+        self._flood_end, self._flood = 0.0, 0
         self._sequence: Sequence | None = None
         self.vnc_port = 0
 
@@ -115,6 +119,7 @@ class Model:
             if not untrusted:
                 self.drop("it has ended")
                 return
+            self._count(len(untrusted))
             self._parser.feed(untrusted)
         except BlockingIOError:
             return
@@ -135,6 +140,15 @@ class Model:
             elif reply.error and not asked.may_fail:
                 self._end(WrongStateError(f"the device model refuses {asked.command}: {reply.error}"))
             self._next()
+
+    def _count(self, size: int) -> None:
+        """Raise QmpError when the peer sends so much that reading it would be all that this process does."""
+        now_s = time.monotonic()
+        if now_s >= self._flood_end:
+            self._flood_end, self._flood = now_s + FLOOD_S, 0
+        self._flood += size
+        if self._flood > FLOOD_BYTES:
+            raise QmpError(f"it sent more than {FLOOD_BYTES} bytes within {FLOOD_S:g} s")
 
     def _next(self) -> None:
         if not self._ready or self._asked is not None or not self._sequence:
