@@ -37,6 +37,7 @@ DOUBLE = """\
 #!{python} -ISB
 import os, signal, socket, sys, time
 listener = socket.socket(fileno=3)
+{before}
 peer, _ = listener.accept()
 peer.sendall({greeting!r})
 def hear():
@@ -77,19 +78,16 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setattr(argv, "PROGRAM", str(tmp_path / "double"))
     monkeypatch.setattr(process, "START_WAIT_S", 2.0)
 
-    def begin(act):
+    def begin(act, before=""):
         program = tmp_path / "double"
-        program.write_text(DOUBLE.format(python=sys.executable, greeting=GREETING, act=act))
+        program.write_text(DOUBLE.format(python=sys.executable, greeting=GREETING, act=act, before=before))
         program.chmod(0o755)
         listener, client = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
         listener.bind("")
         listener.listen(1)
         client.connect(listener.getsockname())
         log = os.open(tmp_path / "log", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        handed = [log, listener.fileno(), client.fileno()]
-        made.append(process.Qemu(LAUNCH, handed, os.getuid(), 7))
-        listener.close()
-        client.close()
+        made.append(process.Qemu(LAUNCH, [log, listener.detach(), client.detach()], os.getuid(), 7))
         return made[-1]
 
     yield begin
@@ -109,6 +107,13 @@ def test_a_hostile_one_does_not_hold_its_worker(start, name):
     with pytest.raises((XenvmError, TimeoutExpiredError), match=f"device model: .*({why})"):
         start(act).take_up()
     assert time.monotonic() - began < 10
+
+
+def test_one_that_ends_before_it_listens_is_known_to_have_ended_at_once(start):
+    began = time.monotonic()
+    with pytest.raises(XenvmError, match=r"status 1.*I know no such option"):
+        start("", "sys.exit('I know no such option')").take_up()
+    assert time.monotonic() - began < 1.9  # of the 2 s that it has to come up
 
 
 @pytest.fixture

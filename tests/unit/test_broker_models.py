@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The broker and the device model of its VM: started in time, watched, ended, and its death a crash."""
 
+import fcntl
 import os
 import socket
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import broker_bench
 import pytest
@@ -12,6 +15,7 @@ from broker_bench import RUNNING, UUID
 from children import FakeChild
 from test_devicemodel import PLAIN
 
+from xenvm.boundary.devices import DiskGrant
 from xenvm.boundary.machine import EndModel, Launch, Launched, Loaded, Model, ModelState
 from xenvm.boundary.messages import (
     NO_DOMAIN,
@@ -52,6 +56,34 @@ def qemu():
     yield process
     process.kill()
     process.wait()
+
+
+GRANT = DiskGrant(
+    *(768, "hda", "/dev/vg/a", "phy"),
+    read_only=False,
+    cdrom=False,
+    share=False,
+    cipher="",
+    key_size_bits=0,
+    key_file="",
+)
+
+
+@pytest.fixture
+def image_directory():
+    """A directory on a file system with direct I/O, which /tmp may not have."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        yield Path(directory)
+
+
+def drive_of(directory, grant):
+    path, held = directory / "disk", []
+    path.write_bytes(bytes(4096))
+    device = os.open(path, os.O_RDONLY if grant.read_only else os.O_RDWR)
+    drive = models._drive(grant, device, held)
+    os.close(device)
+    assert (drive.descriptors, drive.block) == (len(held), False)
+    return held
 
 
 def worker():
@@ -215,3 +247,21 @@ def test_another_process_of_that_number_is_left_alone(bench, qemu):
     bench.answer(EndModel(8, f"{qemu.pid} 1"))
     assert said(bench.builder) == (Ready(()), 0)
     assert qemu.poll() is None
+
+
+@pytest.mark.parametrize(("changes", "modes"), [({}, [os.O_RDONLY, os.O_RDWR]), ({"read_only": True}, [os.O_RDONLY])])
+def test_a_disk_passes_the_page_cache_by_in_each_descriptor_that_qemu_may_pick(image_directory, changes, modes):
+    """QEMU 10 looks in the set for one that is direct, and opens it to read first."""
+    held = drive_of(image_directory, GRANT.but(**changes))
+    flags = [fcntl.fcntl(one, fcntl.F_GETFL) for one in held]
+    for one in held:
+        os.close(one)
+    assert [one & os.O_ACCMODE for one in flags] == modes
+    assert all(one & os.O_DIRECT for one in flags)
+
+
+def test_a_disc_goes_through_the_page_cache(image_directory):
+    """Its sectors need not be those of the file system."""
+    (one,) = drive_of(image_directory, GRANT.but(read_only=True, cdrom=True))
+    assert not fcntl.fcntl(one, fcntl.F_GETFL) & os.O_DIRECT
+    os.close(one)

@@ -66,7 +66,7 @@ class Qemu:
     """One QEMU."""
 
     def __init__(self, launch: Launch, handed: list[int], uid: int, major: int) -> None:
-        """Start it; raise XenvmError when the program cannot be run. `handed` are the descriptors of the message."""
+        """Start it; raise XenvmError when the program cannot be run. `handed` are the message's, and taken over."""
         log, listener, client, *rest = handed
         self._log = log
         self._client = socket.socket(fileno=os.dup(client))
@@ -80,6 +80,8 @@ class Qemu:
         if self.pid == 0:
             _become(command, log, dict(zip(targets, sources, strict=True)))
         self._pidfd = os.pidfd_open(self.pid)
+        for descriptor in (client, *sources):  # while somebody else can accept, QEMU's end is not the connection's
+            os.close(descriptor)
 
     def _numbers(self, targets: range) -> argv.Descriptors:
         numbers = iter(targets)
