@@ -26,7 +26,7 @@ from xenvm.errors import XenvmError
 
 MEMORY_MIB = 192
 PATIENCE_S = 60.0
-LOAD_S = 300.0  # how long firmware and loader may take to read a kernel, word by word out of an emulated IDE drive
+LOAD_S = 400.0  # how long firmware and loader may take to read a kernel, word by word out of an emulated IDE drive
 QEMU = "xen-qemu-system-i386"
 PIDFD_GETFD = 438  # asm/unistd_64.h
 TIMER_MODE, HPET_ENABLED, VPT_ALIGN, VIRIDIAN = 10, 11, 16, 9  # HVM_PARAM_* of xen/hvm/params.h
@@ -73,7 +73,7 @@ def disc(directory, append=""):
         (tree / part).symlink_to(f"/lab/{part}")
     (tree / "isolinux/isolinux.cfg").write_text(
         "SERIAL 0 115200\nDEFAULT linux\nLABEL linux\nKERNEL /vmlinuz\n"
-        f"APPEND initrd=/guest.gz console=ttyS0,115200 mitigations=off rodata=off xenvm.tick_ms=200 {append}\n"
+        f"APPEND initrd=/guest.gz console=ttyS0,115200 quiet mitigations=off rodata=off xenvm.tick_ms=200 {append}\n"
     )
     done = run(
         *("xorriso", "-as", "mkisofs", "-quiet", "-follow-links", "-o", str(made), "-b", "isolinux/isolinux.bin"),
