@@ -204,8 +204,9 @@ def test_a_guest_boots_from_its_disk_with_a_device_model_without_privilege(hvm, 
     assert audit.returncode == 0, "\n".join(line for line in audit.stdout.splitlines() if "DIFFERS" in line)
     assert f"devicemodel {pid}\n" in audit.stdout
     tried = xen_says_of(pid)
-    assert tried
-    assert [line for line in tried if " pass " not in line] == []
+    verdicts = [line.split()[1] for line in tried]
+    assert "pass" in verdicts
+    assert set(verdicts) <= {"pass", "checking"}, tried  # each is announced, then judged: pass, fail or maybe
     basic, extended, hypervisor, _ = serial.processor()
     assert basic & PAE
     assert basic & APIC
