@@ -427,7 +427,8 @@ def test_a_disc_in_a_drive_the_screen_and_the_next_monitor(hvm, disk, image):
     port = int(guest.cmd("get-vnc").stdout)
     words = models()[model(guest)]
     assert words[words.index("-k") + 1] == "de"
-    Serial(guest).up(120)
+    serial = Serial(guest)
+    serial.up(120)
     width, height, pixels = screenshot(port)
     assert width >= 640
     assert height >= 400
@@ -440,7 +441,8 @@ def test_a_disc_in_a_drive_the_screen_and_the_next_monitor(hvm, disk, image):
     assert int(guest.cmd("get-vnc").stdout) == port
     guest.cmd("cd-insert", "device=hdd", f"path={other}")
     assert run("xenvm-audit", guest.uuid).returncode == 0
-    Serial(guest).until("tick 1")
+    before = len(serial.text)
+    until(lambda: "tick 1" in serial.text[before:], "the guest goes on", 60)
     guest.cmd("cd-eject", "hdd")
     guest.cmd("cd-eject", "hda", code=5)
 
