@@ -223,10 +223,8 @@ def test_a_guest_boots_from_its_disk_with_a_device_model_without_privilege(hvm, 
 def test_a_device_model_that_dies_is_a_crash(hvm, disk):
     guest = hvm(disk=f"{disk()}:file:hda:w:disk", boot="c")
     guest.start()
-    began = time.monotonic()
     kill(model(guest))
     assert "crash" in guest.until("shutdown", 60)["reason"]
-    assert time.monotonic() - began < 20
     assert guest.uuid not in domains()
 
 
