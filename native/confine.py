@@ -77,7 +77,7 @@ int xenvm_drop_bounding(int capability);
 int xenvm_clear_ambient(void);
 int xenvm_landlock_abi(void);
 int xenvm_landlock_create(int abi);
-int xenvm_landlock_allow(int ruleset, const char *path);
+int xenvm_landlock_allow(int ruleset, int abi, const char *path);
 int xenvm_landlock_enter(int ruleset);
 int xenvm_landlock_deny_all(int abi);
 int xenvm_install_filter(struct sock_filter *instructions, unsigned short count);
@@ -216,10 +216,10 @@ static int xenvm_landlock_create(int abi)
 }
 
 /*
- * Allow to read and run a file, or all below a directory, or to read and write a character device; a path that does not
- * exist is passed over.
+ * Allow to read and run a file, or all below a directory (of /dev to write too), to read, write and control a character
+ * device, or to connect to a socket; a path that does not exist is passed over.
  */
-static int xenvm_landlock_allow(int ruleset, const char *path)
+static int xenvm_landlock_allow(int ruleset, int abi, const char *path)
 {
     struct landlock_path_beneath_attr rule = {
         .allowed_access = LANDLOCK_ACCESS_FS_EXECUTE | LANDLOCK_ACCESS_FS_READ_FILE,
@@ -234,8 +234,15 @@ static int xenvm_landlock_allow(int ruleset, const char *path)
         result = -errno;
     else if (S_ISDIR(found.st_mode))
         rule.allowed_access |= LANDLOCK_ACCESS_FS_READ_DIR;
-    else if (S_ISCHR(found.st_mode))
-        rule.allowed_access = LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_WRITE_FILE;
+    if (S_ISCHR(found.st_mode) || strncmp(path, "/dev/", 5) == 0)
+        rule.allowed_access = LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_WRITE_FILE |
+                              (abi >= 5 ? UINT64_C(1) << 15 : 0);
+    else if (S_ISSOCK(found.st_mode))
+        rule.allowed_access = abi >= 9 ? UINT64_C(1) << 16 : 0;
+    if (rule.allowed_access == 0) {
+        close(rule.parent_fd);
+        return result;
+    }
     if (result == 0 && syscall(__NR_landlock_add_rule, ruleset, LANDLOCK_RULE_PATH_BENEATH, &rule, 0) < 0)
         result = -errno;
     close(rule.parent_fd);

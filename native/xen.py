@@ -43,10 +43,25 @@ ffibuilder.cdef(
     #define XEN_DOMINF_paused ...
     #define XEN_DOMINF_shutdownmask ...
     #define XEN_DOMINF_shutdownshift ...
+    #define XEN_DOMCTL_CDF_hvm ...
+    #define XEN_DOMCTL_CDF_hap ...
+    #define XEN_X86_EMU_ALL ...
+    #define XEN_X86_EMU_VPCI ...
+    #define XEN_DOMCTL_SENDTRIGGER_NMI ...
+    #define XEN_DOMCTL_SENDTRIGGER_POWER ...
+    #define HVM_PARAM_CALLBACK_IRQ ...
+    #define HVM_PARAM_VIRIDIAN ...
+    #define HVM_PARAM_TIMER_MODE ...
+    #define HVM_PARAM_HPET_ENABLED ...
+    #define HVM_PARAM_ACPI_S_STATE ...
+    #define HVM_PARAM_VPT_ALIGN ...
+    #define XEN_SYSCTL_PHYSCAP_hvm ...
+    #define XEN_SYSCTL_PHYSCAP_hap ...
     #define XEN_SYSCTL_PHYSCAP_pv ...
     #define XEN_SYSCTL_PHYSCAP_gnttab_v2 ...
     #define XENVER_version ...
     #define XC_DOM_PV_CONTAINER ...
+    #define XC_DOM_HVM_CONTAINER ...
     #define XEN_CPUID_INPUT_UNUSED ...
     #define XEN_VCPUAFFINITY_HARD ...
 
@@ -109,6 +124,11 @@ ffibuilder.cdef(
     int xc_domain_resume(xc_interface *xch, uint32_t domid, int fast);
     int xc_domain_shutdown(xc_interface *xch, uint32_t domid, int reason);
     int xc_domain_destroy(xc_interface *xch, uint32_t domid);
+    int xc_domain_send_trigger(xc_interface *xch, uint32_t domid, uint32_t trigger, uint32_t vcpu);
+    int xc_domain_set_time_offset(xc_interface *xch, uint32_t domid, int32_t time_offset_seconds);
+    int xc_hvm_param_set(xc_interface *xch, uint32_t domid, uint32_t param, uint64_t value);
+    int xc_hvm_param_get(xc_interface *xch, uint32_t domid, uint32_t param, uint64_t *value);
+    int xc_set_paging_mempool_size(xc_interface *xch, uint32_t domid, uint64_t size);
 
     struct xc_xend_cpuid { uint32_t leaf, subleaf; char *policy[4]; ...; };
     struct xc_msr;
@@ -122,8 +142,17 @@ ffibuilder.cdef(
     int xc_vcpu_setaffinity(xc_interface *xch, uint32_t domid, int vcpu, xc_cpumap_t hard, xc_cpumap_t soft,
                             uint32_t flags);
 
+    struct xc_hvm_firmware_module { uint8_t *data; uint32_t length; uint64_t guest_addr_out; ...; };
     struct xc_dom_image {
         int container_type;
+        xen_pfn_t target_pages;
+        uint64_t lowmem_end;
+        uint64_t highmem_end;
+        uint64_t mmio_start;
+        uint64_t mmio_size;
+        uint64_t vga_hole_size;
+        bool device_model;
+        struct xc_hvm_firmware_module system_firmware_module;
         const char *guest_type;
         xen_pfn_t console_pfn;
         xen_pfn_t xenstore_pfn;
@@ -164,6 +193,8 @@ ffibuilder.cdef(
     extern "Python" void xenvm_frames(unsigned long done, unsigned long total);
     void xenvm_tell_frames(void (*hook)(unsigned long done, unsigned long total));
     int xenvm_punch(int fd, long long offset, long long length);
+    int xenvm_hvm_memory_map(xc_interface *xch, uint32_t domid, struct xc_dom_image *dom);
+    int xenvm_hvm_info(xc_interface *xch, uint32_t domid, unsigned int vcpus, bool apic);
     """
 )
 
@@ -179,6 +210,9 @@ ffibuilder.set_source(
     #include <stdbool.h>
     #include <stdio.h>
     #include <string.h>
+    #include <errno.h>
+    #include <sys/mman.h>
+    #define XC_WANT_COMPAT_MAP_FOREIGN_API
     #include <xenctrl.h>
     #include <xen/hvm/hvm_info_table.h>
     #include <xen/hvm/e820.h>
@@ -228,6 +262,52 @@ ffibuilder.set_source(
     static int xenvm_punch(int fd, long long offset, long long length)
     {
         return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length) ? -errno : 0;
+    }
+
+    /* The guest's memory map: RAM from 1 MiB on; what is below hvmloader describes. The builder copies it later. */
+    static int xenvm_hvm_memory_map(xc_interface *xch, uint32_t domid, struct xc_dom_image *dom)
+    {
+        static struct e820entry map[2];
+        unsigned int entries = 1;
+
+        map[0].addr = 0x100000;
+        map[0].size = dom->lowmem_end - 0x100000;
+        map[0].type = E820_RAM;
+        if (dom->highmem_end) {
+            map[1].addr = UINT64_C(1) << 32;
+            map[1].size = dom->highmem_end - (UINT64_C(1) << 32);
+            map[1].type = E820_RAM;
+            entries = 2;
+        }
+        if (xc_domain_set_memory_map(xch, domid, map, entries) < 0)
+            return -1;
+        dom->e820 = map;
+        dom->e820_entries = entries;
+        return 0;
+    }
+
+    /* libxenguest fills the table that hvmloader reads for one vcpu with an APIC: xen/hvm/hvm_info_table.h. */
+    static int xenvm_hvm_info(xc_interface *xch, uint32_t domid, unsigned int vcpus, bool apic)
+    {
+        uint8_t *page = xc_map_foreign_range(xch, domid, 4096, PROT_READ | PROT_WRITE, HVM_INFO_PFN), sum = 0;
+        struct hvm_info_table *table;
+        uint32_t at;
+
+        if (page == NULL)
+            return -1;
+        table = (struct hvm_info_table *)(page + HVM_INFO_OFFSET);
+        if (table->length < sizeof(*table) || table->length > 4096 - HVM_INFO_OFFSET) {
+            munmap(page, 4096);
+            errno = EPROTO;
+            return -1;
+        }
+        table->nr_vcpus = vcpus;
+        table->apic_mode = apic;
+        for (at = 0; at < table->length; at++)
+            sum += ((uint8_t *)table)[at];
+        table->checksum -= sum;
+        munmap(page, 4096);
+        return 0;
     }
     """,
     define_macros=[("XENVM_BUILT_FOR", str(_built_for()))],

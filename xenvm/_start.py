@@ -48,6 +48,8 @@ def _main() -> int:
         from xenvm.helpers.unpacker.main import main  # noqa: PLC0415
     elif role == "stream":
         from xenvm.helpers.stream.main import main  # noqa: PLC0415
+    elif role == "devicemodel":
+        from xenvm.helpers.devicemodel.main import main  # noqa: PLC0415
     elif role == "parser":
         from xenvm.parser.main import main  # noqa: PLC0415
     else:

@@ -155,11 +155,13 @@ class SerialSpec(Record, kw_only=True):
 
 
 class DisplaySpec(Record, kw_only=True):
-    """The guest's screen; `vnc_port` is a TCP port, None takes the first unused one."""
+    """The guest's screen; `vnc_port` is a TCP port, None takes the first unused one, on the host's address `listen`."""
 
     kind: DisplayKind
     vnc_port: int | None = None
     keymap: str | None = None
+    listen: str | None = None
+    password_file: str | None = None
 
 
 class CpuidSpec(Record, kw_only=True):

@@ -29,6 +29,7 @@ WAIT_S = 30
 # The titles of /proc/PID/limits, proc(5); each line ends in soft limit, hard limit, unit.
 LIMITS = {
     "CORE": "Max core file size",
+    "MEMLOCK": "Max locked memory",
     "NOFILE": "Max open files",
     "FSIZE": "Max file size",
     "AS": "Max address space",
@@ -277,7 +278,7 @@ def test_every_call_of_the_kill_list_ends_a_child_of_the_broker():
 
 
 @pytest.mark.parametrize("role", [role for role in Role if role is not Role.BROKER])
-@pytest.mark.parametrize("name", ["ptrace", "io_uring_enter", "bpf"])
+@pytest.mark.parametrize("name", ["ptrace", "io_uring_enter", "kexec_load"])
 def test_the_kill_list_ends_each_role(role, name):
     code, said, _ = run("enter(TABLE[Role(sys.argv[1])]); call(sys.argv[2]); say(0)", role.value, name)
     assert (code, said) == (-signal.SIGSYS, [])

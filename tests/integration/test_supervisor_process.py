@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -170,7 +171,7 @@ def test_a_guest_that_ignores_shutdown(monitor):
     monitor.done(monitor.asked(Op.WITHDRAW), RUNNING)
     code, text, hint = client.refusal()
     assert code is ExitCode.TIMED_OUT
-    assert "the guest did not shut down within 0 s and runs on" in text
+    assert re.search(r"the guest did not shut down within \d s and runs on", text)
     assert "shutdown force=true" in hint
     monitor.done(monitor.asked(Op.QUERY), RUNNING)
     assert client.call("status")["data"]["state"] == "running"

@@ -101,6 +101,8 @@ display = st.sampled_from([kind for kind in DisplayKind if kind != "vnc"]).map(
     DisplaySpec,
     kind=st.just(DisplayKind.VNC),
     vnc_port=st.none() | st.integers(5900, 65535),
+    listen=st.none() | st.just("10.0.0.1"),
+    password_file=st.none() | st.just("/etc/xenvm/vnc"),
     keymap=st.none() | st.sampled_from(["de", "en-us"]),
 )
 serial = (

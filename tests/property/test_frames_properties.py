@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xenvm import forms
-from xenvm.boundary import checks, devices, images, messages, workers
+from xenvm.boundary import checks, devices, images, machine, messages, workers
 from xenvm.boundary.frames import BODY_LIMIT_BYTES, HEADER, MAGIC, VERSION, Channel, decode, encode
 from xenvm.boundary.messages import KINDS, flag
 from xenvm.errors import ProtocolError
@@ -42,6 +42,11 @@ PATTERNS = {
     messages.is_file_name: r"((?!\.{1,2}\Z)[^/\0]+)?",
     workers.is_digest: r"[0-9a-f]{64}",
     images.is_uuid_or_none: r"([0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})?",
+    machine.WORD: r"[A-Za-z0-9_.-]{1,64}",
+    machine.IPV4: r"[0-9.]{0,15}",
+    machine.BOOT: r"[acdn]{0,4}",
+    machine.KEYMAP: r"[A-Za-z0-9_-]{0,32}",
+    machine.is_tty: r"(/dev/pts/[0-9]{1,6})?",
     devices.is_cipher: r"([A-Za-z0-9][A-Za-z0-9_()-]{0,63})?",
 }
 

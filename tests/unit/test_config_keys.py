@@ -190,6 +190,8 @@ GOOD = [
     ("display", "none", DisplaySpec(kind=DisplayKind.NONE)),
     ("display", "vnc", DisplaySpec(kind=DisplayKind.VNC)),
     ("display", "vnc:use-port-unused,keymap=de", DisplaySpec(kind=DisplayKind.VNC, keymap="de")),
+    ("display", "vnc:listen=0.0.0.0", DisplaySpec(kind=DisplayKind.VNC, listen="0.0.0.0")),
+    ("display", "vnc:password-file=/etc/p", DisplaySpec(kind=DisplayKind.VNC, password_file="/etc/p")),
     ("display", "vnc:port=1", DisplaySpec(kind=DisplayKind.VNC, vnc_port=5901)),
     ("display", "vnc:port=5999", DisplaySpec(kind=DisplayKind.VNC, vnc_port=5999)),
     ("display", "sdl", DisplaySpec(kind=DisplayKind.SDL)),

@@ -41,6 +41,7 @@ MODULES = {
     Role.SIMULATOR: ["xenvm.simulator.main"],
     Role.UNPACKER: ["xenvm.helpers.unpacker.main", "xenvm.helpers.unpacker.formats"],
     Role.STREAM: ["xenvm.helpers.stream.main"],
+    Role.DEVICEMODEL: ["xenvm.helpers.devicemodel.main"],
 }
 HEAVY = {
     "argparse",
@@ -69,7 +70,7 @@ FORBIDDEN = {
     Role.BUILDER: HEAVY | {"logging", "xenvm.config", "xenvm.broker", "xenvm.supervisor"},
     Role.HOTPLUG: HEAVY | {"logging", "xenvm.config", "xenvm.broker", "xenvm.supervisor", "xenvm._xen"},
     **dict.fromkeys(
-        (Role.NETWORK, Role.IMAGE, Role.STORAGE, Role.UNPACKER, Role.STREAM),
+        (Role.NETWORK, Role.IMAGE, Role.STORAGE, Role.UNPACKER, Role.STREAM, Role.DEVICEMODEL),
         HEAVY | {"pyxs", "threading", "logging", "xenvm.config", "xenvm.broker", "xenvm.supervisor", "xenvm._xen"},
     ),
 }
@@ -91,6 +92,7 @@ OWN = {
     "lzma": {Role.UNPACKER},
     "zlib": {Role.UNPACKER, Role.BUILDER, Role.STREAM},
     "xenvm.helpers.stream": {Role.STREAM},
+    "xenvm.helpers.devicemodel": {Role.DEVICEMODEL},
     "xenvm.helpers.devices": {Role.BUILDER, Role.HOTPLUG},
     "xenvm.helpers.exchange": {Role.BUILDER, Role.HOTPLUG},
     "xenvm.helpers.store": {Role.BUILDER, Role.HOTPLUG},

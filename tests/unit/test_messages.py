@@ -4,7 +4,7 @@
 import pytest
 
 from xenvm import forms
-from xenvm.boundary import devices, messages
+from xenvm.boundary import devices, machine, messages
 from xenvm.boundary.checks import Checked, Message, array, choice, flag, number, string, table
 from xenvm.boundary.devices import DeviceState, DiskGrant, Kind, NicGrant, Vbd, Vif
 from xenvm.boundary.images import Restore, Save
@@ -27,7 +27,7 @@ from xenvm.boundary.messages import (
 from xenvm.choice import StrChoice
 from xenvm.errors import ProtocolError
 
-NAMES = {**vars(devices), **vars(messages)}
+NAMES = {**vars(devices), **vars(machine), **vars(messages)}
 RECORDS = [kind for kind in NAMES.values() if isinstance(kind, type) and issubclass(kind, Checked)]
 RECORDS = [kind for kind in RECORDS if kind not in (Checked, Message)]
 DISK = DiskGrant(51712, "xvda", "phy", "/dev/vg/a", False, False, False, "", 0, "")
@@ -91,6 +91,9 @@ def test_which_messages_pass_descriptors():
         "Restore": 1,
         "Inspect": 2,
         "Pack": 2,
+        "Join": 8,
+        "Launch": 64,
+        "Model": 1,
     }
 
 

@@ -115,11 +115,10 @@ def test_files_of_a_bad_config_are_named_too():
         (b"pci = 0,0000:00:1b.0", "pci"),
         (b"cores-per-socket = 2", "cores_per_socket"),
         (b"display = vnc", "display"),
-        (b"hvm = true", "hvm"),
     ],
 )
 def test_what_this_version_cannot_do_is_refused_with_its_line(line, field):
-    assert set(UNABLE) == {"hvm", "pci", "display", "cores_per_socket"}
+    assert set(UNABLE) == {"pci", "display", "cores_per_socket"}
     assert (4, f"this version of xenvm {UNABLE[field]}") in messages(GOOD + line + b"\n")
 
 

@@ -69,7 +69,7 @@ def request(bench, op):
 
 
 def test_every_request_of_a_supervisor_is_in_the_table():
-    assert set(PERMITS) == set(Op) - {Op.START, Op.START_PAUSED, Op.START_RESTORED}
+    assert set(PERMITS) == set(Op) - {Op.START, Op.START_PAUSED, Op.START_RESTORED, Op.CRASH}
     assert set(TABLE[Role.BROKER].requests) == {op.value for op in Op}
 
 
@@ -79,6 +79,7 @@ def test_a_domain_is_needed_for_all_that_touches_one():
         *(Op.REBUILD, Op.QUERY, Op.PAUSE, Op.UNPAUSE, Op.RESUME, Op.ASK_POWEROFF, Op.ASK_REBOOT, Op.WITHDRAW),
         *(Op.FORCE_POWEROFF, Op.CONSOLE, Op.DEVICES, Op.PLUG, Op.UNPLUG, Op.REBRIDGE, Op.SETTLE),
         *(Op.SAVE, Op.CHECKPOINT),
+        *(Op.PRESS_POWER, Op.NMI, Op.S_STATE),
     }
     absent = {op for op, permit in PERMITS.items() if permit.phases == {VmPhase.ABSENT}}
     assert absent == {Op.BUILD, Op.BUILD_PAUSED, Op.RESTORE, Op.RESTORE_PAUSED}

@@ -18,6 +18,7 @@ from xenvm.boundary.privileges import (
     PRIVCMD,
     STORAGE_IOCTLS,
     TABLE,
+    TAP_IOCTLS,
     XEN_IOCTLS,
     Landlock,
     Role,
@@ -27,13 +28,21 @@ from xenvm.boundary.privileges import (
 # simulator: no process of a monitor, and never on a host with Xen
 MONITORS = [role for role in Role if role is not Role.SIMULATOR]
 NOT_BROKER = [role for role in MONITORS if role is not Role.BROKER]
-# image: a program of others inherits its row, and it must be able to start that program
-FILTERED = [role for role in NOT_BROKER if role is not Role.IMAGE]
+# image, devicemodel: a program of others inherits their row, and they must be able to start that program
+FILTERED = [role for role in NOT_BROKER if role not in (Role.IMAGE, Role.DEVICEMODEL)]
 # What a role may do beyond the others, each with its reason beside its row.
-CAPABILITIES = {Role.NETWORK: {"CAP_NET_ADMIN"}, Role.STORAGE: {"CAP_SYS_ADMIN"}}
+CAPABILITIES = {
+    Role.NETWORK: {"CAP_NET_ADMIN"},
+    Role.STORAGE: {"CAP_SYS_ADMIN"},
+    Role.DEVICEMODEL: {"CAP_SETUID", "CAP_SETGID", "CAP_SYS_CHROOT"},
+}
 CALLS = {Role.STORAGE: {"openat", "socket"}}
-FILES = {Role.IMAGE: Landlock.READ_SYSTEM, Role.STORAGE: Landlock.UNRESTRICTED}
-IOCTLS = {Role.BUILDER: XEN_IOCTLS, Role.STORAGE: STORAGE_IOCTLS}
+FILES = {
+    Role.IMAGE: Landlock.READ_SYSTEM,
+    Role.STORAGE: Landlock.UNRESTRICTED,
+    Role.DEVICEMODEL: Landlock.DEVICE_MODEL,
+}
+IOCTLS = {Role.BUILDER: XEN_IOCTLS, Role.STORAGE: STORAGE_IOCTLS, Role.NETWORK: TAP_IOCTLS}
 
 # What no confined process may call: opening and changing paths, programs, processes, sockets, signals, identity.
 _FORBIDDEN = """
@@ -87,7 +96,7 @@ def test_every_row_with_a_list_of_calls(role):
 
 
 def test_only_broker_and_storage_stay_root():
-    assert [role for role in Role if TABLE[role].user is None] == [Role.BROKER, Role.STORAGE]
+    assert [role for role in Role if TABLE[role].user is None] == [Role.BROKER, Role.STORAGE, Role.DEVICEMODEL]
 
 
 def test_what_serves_images_has_no_privilege_and_makes_no_connection():
@@ -132,6 +141,7 @@ def test_the_broker_stays_root_with_few_capabilities():
         "CAP_DAC_READ_SEARCH",
         *CAPABILITIES[Role.NETWORK],  # a child can keep only what the broker has
         *CAPABILITIES[Role.STORAGE],
+        *CAPABILITIES[Role.DEVICEMODEL],
     }
     assert not row.dies_with_parent
     assert row.syscalls is None
@@ -144,7 +154,7 @@ def test_only_the_builder_holds_the_hypervisor():
         for kind in {*row.descriptors.values(), *row.extra_descriptors}
         if kind.startswith("/dev/xen/")
     }
-    assert holders == {Role.BUILDER}
+    assert holders == {Role.BUILDER, Role.DEVICEMODEL}  # the latter's are cut down to its own domain
     assert PRIVCMD in TABLE[Role.BUILDER].extra_descriptors
     assert TABLE[Role.BUILDER].lifetime == ONE_REQUEST
 

@@ -34,6 +34,8 @@ GOOD = {
     "nic-del": {"id": "1"},
     "nic-network-switch": {"id": "1", "bridge": "br1"},
     "doctor": {},
+    "trigger": {"params": "nmi"},
+    "get-acpi-state": {},
 }
 
 
@@ -67,7 +69,7 @@ def test_a_disk_without_descriptor_is_a_file_of_a_directory_that_is_open_to_all(
 
 
 def test_each_command_has_its_request():
-    assert set(GOOD) == set(COMMANDS)
+    assert set(GOOD) == set(COMMANDS) - {"s3suspend", "s3resume"}
     assert {name: asked(name, **params)[0] for name, params in GOOD.items()} == {
         "disk-list": Op.DEVICES,
         "disk-add": Op.PLUG,
@@ -79,9 +81,17 @@ def test_each_command_has_its_request():
         "nic-del": Op.UNPLUG,
         "nic-network-switch": Op.REBRIDGE,
         "doctor": Op.DEVICES,
+        "trigger": Op.NMI,
+        "get-acpi-state": Op.S_STATE,
     }
     assert asked("disk-list")[1] == Ask(5, Op.DEVICES, "", 0)
     assert asked("doctor", clean="true") == (Op.SETTLE, Ask(5, Op.SETTLE, "", 0))
+
+
+@pytest.mark.parametrize(("name", "word"), [("s3suspend", ""), ("s3resume", ""), ("trigger", "sleep")])
+def test_no_guest_is_put_to_sleep(name, word):
+    with pytest.raises(WrongStateError, match="does not put guests to sleep"):
+        asked(name, **({"params": word} if word else {}))
 
 
 @pytest.mark.parametrize(

@@ -33,15 +33,23 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
-__all__ = ["ConfineError", "Proof", "confine", "direct_open_listener", "filter_program"]
+__all__ = ["ConfineError", "Proof", "confine", "direct_open_listener", "filter_program", "forbid_children"]
 
 _LAST_DESCRIPTOR: Final = 0xFFFFFFFF  # close_range(2): the largest unsigned int
 _HIGHEST_CAPABILITY: Final = 63  # the sets are 64 bits wide
+CLONE_THREAD: Final = 0x10000  # linux/sched.h
 _PERMITTED, _EFFECTIVE = 1, 2  # places in Status.capabilities
 
 # Landlock.READ_SYSTEM: a program of Debian, its libraries, and where the loader looks them up, to read and run. And
 # /dev/null to read and write: without it QEMU does not find out that it can lock its images (util/osdep.c).
 _SYSTEM: Final = (b"/usr", b"/lib", b"/lib64", b"/etc/ld.so.cache", b"/dev/null")
+# Landlock.DEVICE_MODEL: what QEMU opens while it is root, before it changes its root directory.
+_DEVICE_MODEL: Final = (
+    *_SYSTEM,
+    *(b"/dev/xen/privcmd", b"/dev/xen/hypercall", b"/dev/xen/evtchn", b"/dev/xen/gntdev", b"/dev/ptmx", b"/dev/pts"),
+    *(b"/dev/urandom", b"/run/xenstored/socket"),
+)
+_ALLOWED: Final = {Landlock.NOTHING: (), Landlock.READ_SYSTEM: _SYSTEM, Landlock.DEVICE_MODEL: _DEVICE_MODEL}
 
 Instruction = tuple[int, int, int, int]  # struct sock_filter: code, jump if true, jump if false, operand
 
@@ -143,6 +151,30 @@ def direct_open_listener() -> int:
     ]
     result = lib.xenvm_install_listener(ffi.new("struct sock_filter[]", program), len(program))
     return _checked("seccomp listener", result)
+
+
+def forbid_children() -> None:
+    """Let this process and what it becomes make threads, but no further process. It must hold no_new_privs."""
+    program: list[Instruction] = [
+        _load(lib.OFFSET_NR),
+        (_EQUAL, 0, 1, _number("fork")),
+        _REFUSE,
+        (_EQUAL, 0, 1, _number("vfork")),
+        _REFUSE,
+        (
+            _EQUAL,
+            0,
+            1,
+            _number("clone3"),
+        ),  # its flags are in memory, where no filter looks; the C library then uses clone
+        _MISSING,
+        (_EQUAL, 0, 3, _number("clone")),
+        _load(lib.OFFSET_ARGS),
+        (_ANY_BIT, 1, 0, CLONE_THREAD),
+        _REFUSE,
+        _ALLOW,
+    ]
+    _checked("seccomp", lib.xenvm_install_filter(ffi.new("struct sock_filter[]", program), len(program)))
 
 
 def _verdict(row: Row, name: str) -> list[Instruction]:
@@ -256,8 +288,8 @@ def _restrict_files(row: Row) -> int:
     abi = _checked("Landlock version", lib.xenvm_landlock_abi())
     if abi:
         ruleset = _checked("Landlock ruleset", lib.xenvm_landlock_create(abi))
-        for path in _SYSTEM if row.landlock is Landlock.READ_SYSTEM else ():
-            _checked(f"Landlock rule for {path.decode()}", lib.xenvm_landlock_allow(ruleset, path))
+        for path in _ALLOWED[row.landlock]:
+            _checked(f"Landlock rule for {path.decode()}", lib.xenvm_landlock_allow(ruleset, abi, path))
         _checked("Landlock", lib.xenvm_landlock_enter(ruleset))
     return abi
 

@@ -29,7 +29,7 @@ MAGIC: Final = b"XVMF"
 VERSION: Final = 1
 HEADER: Final = struct.Struct(">4sBBHI")
 BODY_LIMIT_BYTES: Final = 64 * 1024
-DESCRIPTOR_LIMIT: Final = 4
+DESCRIPTOR_LIMIT: Final = 64
 _INT: Final = struct.Struct("@i")
 
 

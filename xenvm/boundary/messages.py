@@ -40,6 +40,7 @@ from xenvm.boundary.devices import (
     is_bridge,
 )
 from xenvm.boundary.images import Image, Inspect, Pack, Packed, Packing, Restore, Save
+from xenvm.boundary.machine import MACHINE_MESSAGES, MACHINES, MODELS, Machine, ModelState
 from xenvm.boundary.workers import (
     Connect,
     Decrypt,
@@ -80,6 +81,10 @@ class Op(StrChoice):
     PAUSE = "pause"
     UNPAUSE = "unpause"
     RESUME = "resume"
+    CRASH = "crash"
+    PRESS_POWER = "press-power"
+    NMI = "nmi"
+    S_STATE = "s-state"
     ASK_POWEROFF = "ask-poweroff"
     ASK_REBOOT = "ask-reboot"
     WITHDRAW = "withdraw"
@@ -195,7 +200,7 @@ class Affinity(Checked):
 
 
 class Grants(Checked):
-    """What the administrator's config entitles a VM to. Sealed in the broker; nothing later can widen it."""
+    """What the administrator's config entitles a VM to. Sealed in the broker, `machine` for HVM guests."""
 
     uuid: str
     name: str
@@ -215,6 +220,7 @@ class Grants(Checked):
     device_timeout_s: int
     image: str = ""
     image_compression: str = "none"
+    machine: tuple[Machine, ...] = ()
     CHECKS: ClassVar = {
         "uuid": _UUID_TEXT,
         "name": _NAME_TEXT,
@@ -234,6 +240,7 @@ class Grants(Checked):
         "device_timeout_s": _SECONDS,
         "image": _PATH_TEXT,
         "image_compression": string(8, forms.one_of("none", "zstd")),
+        "machine": MACHINES,
     }
 
 
@@ -379,6 +386,7 @@ class Done(Message):
     domain: Domain
     text: str
     devices: tuple[DeviceState, ...] = ()
+    models: tuple[ModelState, ...] = ()
     KIND: ClassVar = 4
     DESCRIPTORS: ClassVar = 1
     CHECKS: ClassVar = {
@@ -386,6 +394,7 @@ class Done(Message):
         "domain": Domain.from_body,
         "text": string(32768),
         "devices": STATES,
+        "models": MODELS,
     }
 
 
@@ -567,8 +576,9 @@ class Ready(Message):
     """Broker to builder or hotplug: the block devices are open (here are their numbers), the cards are bridged."""
 
     vbds: tuple[Vbd, ...]
+    models: tuple[ModelState, ...] = ()
     KIND: ClassVar = 15
-    CHECKS: ClassVar = {"vbds": VBDS}
+    CHECKS: ClassVar = {"vbds": VBDS, "models": MODELS}
 
 
 KINDS: Final[Mapping[int, type[Message]]] = {
@@ -576,8 +586,7 @@ KINDS: Final[Mapping[int, type[Message]]] = {
     for message in (
         *(Hello, Init, Ask, Done, Failed, Progress, Job, Watch, Parsed, Outcome),
         *(Plug, Unplug, Rebridge, Created, Ready, Join, Serve, Served, Connect, Decrypt, Release),
-        *(Unpack, Unpacked, Sum, Summed),
-        *(Save, Restore, Inspect, Image, Pack, Packing, Packed),
+        *(Unpack, Unpacked, Sum, Summed, Save, Restore, Inspect, Image, Pack, Packing, Packed, *MACHINE_MESSAGES),
     )
 }
 

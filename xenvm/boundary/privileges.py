@@ -34,6 +34,7 @@ class Role(StrChoice):
     SIMULATOR = "simulator"
     UNPACKER = "unpacker"
     STREAM = "stream"
+    DEVICEMODEL = "devicemodel"
 
 
 class Landlock(StrChoice):
@@ -41,6 +42,7 @@ class Landlock(StrChoice):
 
     NOTHING = "nothing accessible"
     READ_SYSTEM = "programs and libraries, to read and run"
+    DEVICE_MODEL = "the same, Xen's devices and pseudo terminals"
     UNRESTRICTED = "not restricted"
 
 
@@ -58,6 +60,9 @@ XEN_IOCTLS: Final[frozenset[int]] = frozenset(
 # What asks for a device's size and encrypts it: BLKGETSIZE64 of linux/fs.h; DM_DEV_CREATE, DM_DEV_REMOVE,
 # DM_DEV_SUSPEND and DM_TABLE_LOAD of linux/dm-ioctl.h.
 STORAGE_IOCTLS: Final[frozenset[int]] = frozenset({0x80081272, 0xC138FD03, 0xC138FD04, 0xC138FD06, 0xC138FD09})
+
+# What attaches an open /dev/net/tun to an interface: TUNSETIFF of linux/if_tun.h.
+TAP_IOCTLS: Final[frozenset[int]] = frozenset({0x400454CA})
 
 
 # What makes a pseudo terminal raw and opens both its ends: TCGETS, TCSETS, TCSETSW, TCSETSF, TIOCGWINSZ, TIOCSPTLCK,
@@ -111,6 +116,8 @@ PIPE: Final = "pipe"
 EPOLL: Final = "anon_inode:[eventpoll]"
 PIDFD: Final = "anon_inode:[pidfd]"
 PRIVCMD: Final = "/dev/xen/privcmd"
+TUN: Final = "/dev/net/tun"
+PTMX: Final = "/dev/ptmx"
 
 MONITOR: Final = "monitor"
 ONE_REQUEST: Final = "one request"
@@ -194,6 +201,10 @@ _BUILDER_REQUESTS: Final = (
     "pause",
     "unpause",
     "resume",
+    "crash",
+    "press-power",
+    "nmi",
+    "s-state",
     "ask-poweroff",
     "ask-reboot",
     "withdraw",
@@ -236,25 +247,26 @@ _ROWS: Final = (
         # SETUID, SETGID, SETPCAP: the children give up root with them. KILL: to end a child, also by its parent-death
         # signal, which the kernel checks against the dying parent.
         # DAC_READ_SEARCH: a kernel image may belong to anybody. Directories and /dev/xen belong to root.
-        # NET_ADMIN, SYS_ADMIN: passed on to the network and the storage worker, each of which keeps one of them.
+        # NET_ADMIN, SYS_ADMIN: passed on to the network and the storage worker, each of which keeps one of them;
+        # SYS_CHROOT to the device model, which gives it up with root.
         capabilities=frozenset(
             {
                 *("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_KILL", "CAP_DAC_READ_SEARCH"),
-                *("CAP_NET_ADMIN", "CAP_SYS_ADMIN"),
+                *("CAP_NET_ADMIN", "CAP_SYS_ADMIN", "CAP_SYS_CHROOT"),
             },
         ),
         no_new_privs=True,
         syscalls=None,
         landlock=Landlock.UNRESTRICTED,
         descriptors=_frozen({}),
-        extra_descriptors=frozenset({SOCKET, FILE, BLOCK, PTY, PIPE, EPOLL, PIDFD}),
+        extra_descriptors=frozenset({SOCKET, FILE, BLOCK, PTY, PIPE, EPOLL, PIDFD, TUN}),
         # Children inherit the limits and cannot raise them, so only what suits all of them is here.
         limits=_limits(NOFILE=256),
         lifetime=MONITOR,
         requests=_BROKER_REQUESTS,
         dies_with_parent=False,
-        # The filter is inherited, and the stricter one counts: what serves an image only tries this one.
-        refused=frozenset({"io_uring_setup"}),
+        # The filter is inherited, and the stricter one counts: QEMU only tries these, and goes on without.
+        refused=_names("io_uring_setup userfaultfd bpf"),
     ),
     Row(
         role=Role.SUPERVISOR,
@@ -349,10 +361,11 @@ _ROWS: Final = (
         landlock=Landlock.NOTHING,
         # 3 the broker; the socket to the kernel's network configuration is opened before the drop
         descriptors=_frozen({3: SOCKET}),
-        extra_descriptors=frozenset({SOCKET}),
+        extra_descriptors=frozenset({SOCKET, TUN}),
         limits=_limits(NPROC=0, FSIZE=LOG_SIZE_LIMIT, NOFILE=32),
         lifetime=ONE_REQUEST,
         requests=("join",),
+        ioctls=DESCRIPTOR_IOCTLS | TAP_IOCTLS,
     ),
     Row(
         role=Role.IMAGE,
@@ -439,7 +452,36 @@ _ROWS: Final = (
         lifetime=ONE_REQUEST,
         requests=("inspect", "pack"),
     ),
+    Row(
+        role=Role.DEVICEMODEL,
+        user=None,
+        # QEMU inherits this row. It opens Xen's devices and xenstore as root, then makes an empty directory its root
+        # and becomes a user of its own, which takes these three from it.
+        capabilities=frozenset({"CAP_SETUID", "CAP_SETGID", "CAP_SYS_CHROOT"}),
+        no_new_privs=True,
+        syscalls=None,
+        landlock=Landlock.DEVICE_MODEL,
+        # 3 the broker; everything that QEMU gets comes with the request
+        descriptors=_frozen({3: SOCKET}),
+        # The last two lines are QEMU's own; its privcmd is cut down to its domain by -xen-domid-restrict, and its pipes
+        # are those of libxenstore, from itself to itself.
+        extra_descriptors=frozenset(
+            {
+                *(SOCKET, FILE, BLOCK, PIDFD, TUN, NULL),
+                *(PRIVCMD, "/dev/xen/evtchn", PTMX, EPOLL, PIPE),
+                *("anon_inode:[eventfd]", "anon_inode:[signalfd]"),
+            },
+        ),
+        # FSIZE bounds the log; QEMU 10 keeps its screen in a file in memory, which must fit. NPROC counts threads.
+        limits=_limits(FSIZE=LOG_SIZE_LIMIT, NOFILE=256, NPROC=256, MEMLOCK=0),
+        lifetime=ONE_REQUEST,
+        requests=("launch",),
+        refused=_names("io_uring_setup userfaultfd bpf"),
+    ),
 )
+
+QEMU_USER: Final = "xenvm-qemu"
+"""The user whose number plus the domid is that of the device model of a domain."""
 
 TABLE: Final[Mapping[Role, Row]] = MappingProxyType({row.role: row for row in _ROWS})
 

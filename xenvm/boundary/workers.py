@@ -17,12 +17,16 @@ is_digest = forms.of(forms.HEX_DIGITS, 64, 64)
 
 
 class Join(Message):
-    """Broker to network: put each card's interface into its bridge, when the kernel has made it, within `timeout_s`."""
+    """Broker to network: put each card's interface into its bridge, when the kernel has made it, within `timeout_s`.
+
+    The descriptors are fresh taps for the first cards, to be attached beside them.
+    """
 
     domid: int
     vifs: tuple[Vif, ...]
     timeout_s: int
     KIND: ClassVar = 16
+    DESCRIPTORS: ClassVar = 8
     CHECKS: ClassVar = {"domid": number(1, 0x7FEF), "vifs": VIFS, "timeout_s": _SECONDS}
 
 

@@ -13,6 +13,7 @@ import os
 import select
 import time
 
+from xenvm.boundary.machine import EndModel, Loaded
 from xenvm.boundary.messages import (
     NO_DOMAIN,
     Ask,
@@ -33,6 +34,7 @@ from xenvm.boundary.privileges import Role
 from xenvm.broker import findings, host, images, strays, uevents
 from xenvm.broker.book import Book
 from xenvm.broker.children import Child
+from xenvm.broker.models import Models
 from xenvm.broker.phases import (
     LEAVES_HALF,
     LEAVES_SUSPENDED,
@@ -51,8 +53,9 @@ from xenvm.broker.phases import (
 )
 from xenvm.broker.requests import REQUESTS, change_of, must_wait, note, op_of, undone
 from xenvm.broker.spares import Spares
+from xenvm.broker.tidying import in_vain, left_nothing, look_again, what_is_left
 from xenvm.broker.uevents import Uevents
-from xenvm.broker.work import Change, Work, allow, failed, forget, in_vain, left_nothing, let_run, log_job, look_again
+from xenvm.broker.work import Change, Work, allow, failed, forget, let_run, log_job
 from xenvm.context import suppress
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 
@@ -102,7 +105,7 @@ class Broker:
         self._spares = Spares(log, grants.uuid)
         self._spares.update({Role.BUILDER: spare} if spare else {})
         self._book = Book(host_policy)
-        self._uevents = Uevents(directory)
+        self._uevents, self._models = Uevents(directory), Models(grants.uuid)
         self._postponed: list[tuple[Message, list[int]]] = []
         self._recheck = False  # udev has told of a removed device; looked at when no job runs, which may have done it
         self._phase, self._domid = VmPhase.UNKNOWN, -1
@@ -142,9 +145,8 @@ class Broker:
             if lost is not None and lost.lost():  # also one that was ended because it did not take a message
                 self._gone(lost)
         poll = select.poll()
-        poll.register(wakeup, select.POLLIN)
-        if self._uevents.fileno() >= 0:
-            poll.register(self._uevents.fileno(), select.POLLIN)
+        for descriptor in {wakeup, self._uevents.fileno(), self._models.pidfd} - {-1}:
+            poll.register(descriptor, select.POLLIN)
         children = [child for child in (self._supervisor, self._watcher) if child is not None]
         children += self._work.children if self._work else []
         children += self._keeping.children if self._keeping else []
@@ -153,6 +155,8 @@ class Broker:
             poll.register(child.channel.fileno(), select.POLLIN)
             poll.register(child.pidfd, select.POLLIN)
         ready = {descriptor for descriptor, _ in poll.poll(self._timeout_ms())}
+        if self._models.pidfd in ready:  # first: what follows closes descriptors, and their numbers are used again
+            self._models.ended(self._acts)
         if wakeup in ready:
             self._signalled(os.read(wakeup, 64))
         for child in children:
@@ -164,6 +168,8 @@ class Broker:
                 self._gone(child)
         if self._uevents.fileno() in ready:
             self._recheck |= self._uevents.removed()
+        if not self._work and self._models.take_lost():
+            self._begin(0, Op.CRASH, PERMITS[Op.QUERY].deadline_s)
         while self._postponed and not self._work and self._supervisor:
             message, descriptors = self._postponed.pop(0)
             self._take_all(self._supervisor, message, descriptors)
@@ -203,8 +209,7 @@ class Broker:
             self._watcher.end()
         op = self._work.op if self._work else None
         if self._work:
-            self._work.stop()
-            self._work.close()
+            self._work.abandon()
         suspended = op in LEAVES_SUSPENDED or (self._book.saved and op is not Op.DESTROY)
         if suspended and self._phase is VmPhase.BUILT:
             let_run(self._book, self._grants, self._domid, self._log, self._acts)
@@ -271,6 +276,11 @@ class Broker:
             self._to_supervisor(message.but(sequence=work.sequence))
         elif work and child is work.builder and isinstance(message, Created) and not work.created:
             self._created(work, message)
+        elif work and child is work.builder and isinstance(message, Loaded):
+            self._plugged(work, lambda plugging: plugging.loaded(message.domid))
+        elif work and child is work.builder and isinstance(message, EndModel):
+            self._models.end(message.domid, message.server)
+            child.channel.send(Ready(()))
         elif work and child is work.builder and isinstance(message, Done | Failed):
             work.result = message
             child.end(grace_ms=5000)
@@ -401,8 +411,7 @@ class Broker:
         work = self._work
         if work is None:
             return
-        work.stop()
-        work.close()
+        work.abandon()
         self._acts.append("cancelled", op=work.op.value, pid=work.builder.pid)
         self._work = None
         self._to_supervisor(failed(work.sequence, XenvmError(f"{work.op}: {why}"), self._known()))
@@ -459,8 +468,7 @@ class Broker:
             return
         try:
             step(plugging)
-            ready = plugging.ready
-            answer: Message | None = Ready(ready) if ready is not None else None
+            answer: Message | None = plugging.answer
         except XenvmError as error:
             plugging.close(succeeded=False)
             work.plugging = None
@@ -498,6 +506,8 @@ class Broker:
         log_job(self._acts, "result", work.op, urgent, pid=work.builder.pid, result=result)
         if isinstance(message, Done):
             note(self._book, work, message)
+            if self._models.note(work.op, message, self._acts):
+                self._models.tell(self._to_supervisor)
             if not work.created and work.op in LOOKED_UP:
                 strays.tidy(self._grants.uuid, self._book, self._log, self._acts)
             if work.kernel and not (self._keeping and self._keeping.children) and work.kernel.keep():
@@ -543,7 +553,7 @@ class Broker:
             return
         if work.op is not Op.CONSOLE:
             domain = self._known() if work.op in ON_DEVICES else done.domain
-            text = done.text if work.op in ON_DEVICES | SAVING else ""
+            text = done.text if work.op in ON_DEVICES | SAVING | {Op.S_STATE} else ""
             if work.op in (Op.DEVICES, Op.SETTLE):
                 left = strays.find(self._grants.uuid, self._book.disks, self._book.servers)
                 text = "\n".join([*findings.of_host(), *left.sentences()])
@@ -571,10 +581,7 @@ class Broker:
             self._begin(0, Op.SETTLE, PERMITS[Op.SETTLE].deadline_s)
 
     def _after_failure(self, work: Work) -> Done | None:
-        """Learn what a build or destroy that failed has left, and have removed what is half there.
-
-        A domain that is whole is never touched. Return the answer that the job would have had if all is as it wanted.
-        """
+        """Learn what a failed build or destroy has left, have removed what is half there; see `what_is_left`."""
         before = self._domid
         if in_vain(work):
             return None
@@ -584,15 +591,9 @@ class Broker:
             self._book.domain_gone(for_good=False)
         if told:
             return None
-        answer = look_again(self._grants, self._log, self._acts)
+        answer = look_again(self._grants, self._log, self._acts, self._models)
         if answer:
             self._learn(answer.domain)
-        if not isinstance(answer, Done):
-            return None
-        self._book.seen(answer.devices)
-        absent = answer.domain.state is DomainState.ABSENT
-        if absent or work.created:
-            self._book.domain_gone(for_good=absent and not self._book.saved)
-        served = work.created and any(state.server for state in answer.devices)  # by servers that have been ended
-        as_wanted = absent if work.op is Op.DESTROY else answer.domain.domid not in (-1, before)
-        return answer.but(sequence=work.sequence) if as_wanted and not served else None
+        if isinstance(answer, Done) and self._models.note(Op.FIND, answer, self._acts):
+            self._models.tell(self._to_supervisor)
+        return what_is_left(work, answer, before, self._book)

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import _signal as signal  # `signal` itself builds enumerations at each start
 import _socket as socket  # `socket` itself builds enumerations at each start
 import fcntl
 import grp
 import os
+import select
 import stat
 
 from xenvm.boundary.messages import ConfigIssue, FileNeed, Grants, HostPolicy, Init, Parsed, Policy
@@ -15,6 +17,7 @@ from xenvm.errors import BusyError, XenvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Final
 
 LOG_DIRECTORY: Final = HERE.logs
@@ -22,6 +25,8 @@ CONSOLE_LOG_DIRECTORY: Final = HERE.console_logs
 ALL_GROUP: Final = "xenvm"
 READ_GROUP: Final = "xenvm-read"
 BACKLOG: Final = 64
+END_WAIT_MS: Final = 5000
+BIOS: Final = "/usr/share/seabios/bios-256k.bin"
 
 
 def group_id(name: str) -> int:
@@ -129,6 +134,14 @@ def remove(path: str) -> None:
         return
 
 
+def kill(pidfd: int) -> None:
+    """Kill a process, and wait a while for its end; raise ProcessLookupError when it is gone already."""
+    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.poll(END_WAIT_MS)
+
+
 def open_log(uuid: str, output: str) -> int:
     """Open the monitor's log for appending: `output` of the config file, else one named by the uuid."""
     path = output or f"{LOG_DIRECTORY}/{uuid}.log"
@@ -166,9 +179,12 @@ def open_in(directory: str, name: str, *, read_only: bool) -> int:
 
 
 def open_images(grants: Grants) -> list[int]:
-    """Open kernel and, if granted, initrd; raise XenvmError naming the key."""
+    """Open kernel and, if granted, initrd, or firmware loader and BIOS; raise XenvmError naming the key."""
     opened: list[int] = []
-    for key, path in (("kernel", grants.kernel), ("initrd", grants.initrd)):
+    wanted = [("kernel", grants.kernel), ("initrd", grants.initrd)]
+    if grants.machine:
+        wanted = [("kernel", grants.kernel or hvmloader()), ("the BIOS of HVM guests", BIOS)]
+    for key, path in wanted:
         if not path:
             continue
         try:
@@ -176,8 +192,34 @@ def open_images(grants: Grants) -> list[int]:
         except OSError as error:
             for descriptor in opened:
                 os.close(descriptor)
-            raise XenvmError(f"{key}: cannot open {path}: {error.strerror}") from error
+            hint = "apt install seabios qemu-system-xen" if path == BIOS else ""
+            raise XenvmError(f"{key}: cannot open {path}: {error.strerror}", hint=hint) from error
     return opened
+
+
+def close_all(descriptors: Iterable[int]) -> None:
+    """Close each of the descriptors."""
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def hvmloader() -> str:
+    """Return the firmware loader that belongs to the running Xen, by Debian's rule for its directory."""
+    if HERE.simulator:
+        raise XenvmError("hvm: a simulated host runs PV guests only", hint="on a Xen host the same file starts")
+    return f"/usr/lib/xen-{_version('major')}.{_version('minor')}/boot/hvmloader"
+
+
+def _version(part: str) -> str:
+    path = f"/sys/hypervisor/version/{part}"
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise XenvmError(f"{path}: {error.strerror}", hint="is this machine a Xen dom0?") from error
+    try:
+        return os.read(descriptor, 16).decode("ascii", "replace").strip()
+    finally:
+        os.close(descriptor)
 
 
 def check_files(parsed: Parsed) -> list[ConfigIssue]:

@@ -44,6 +44,9 @@ PERMITS: Final[Mapping[Op, Permit]] = MappingProxyType(
         Op.PAUSE: Permit(_BUILT, 600, _SHORT_S),
         Op.UNPAUSE: Permit(_BUILT, 600, _SHORT_S),
         Op.RESUME: Permit(_BUILT, 60, _SHORT_S),
+        Op.PRESS_POWER: Permit(_BUILT, 120, _SHORT_S),
+        Op.NMI: Permit(_BUILT, 120, _SHORT_S),
+        Op.S_STATE: Permit(_BUILT, 600, _SHORT_S),
         Op.ASK_POWEROFF: Permit(_BUILT, 120, _SHORT_S),
         Op.ASK_REBOOT: Permit(_BUILT, 120, _SHORT_S),
         Op.WITHDRAW: Permit(_BUILT, 120, _SHORT_S),
@@ -66,7 +69,7 @@ PERMITS: Final[Mapping[Op, Permit]] = MappingProxyType(
         Op.QUIT: Permit(_ANY, 10, 0),
     }
 )
-"""START, START_PAUSED and START_RESTORED are not here: the broker begins those by itself, once."""
+"""START, START_PAUSED, START_RESTORED and CRASH are not here: the broker begins those by itself."""
 
 STARTUP_OPS: Final = MappingProxyType({"started": Op.START, "paused": Op.START_PAUSED, "shutdown": Op.FIND})
 """By the word of the config; all others are from an image."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 import _socket as socket  # `socket` itself builds enumerations at each start
 import os
 
-from xenvm.boundary.devices import Vbd, label
-from xenvm.boundary.messages import Done, Failed
-from xenvm.boundary.privileges import Role
+from xenvm.boundary.devices import Kind, Vbd, label
+from xenvm.boundary.machine import EMULATED_NICS
+from xenvm.boundary.messages import Done, Failed, Ready
+from xenvm.boundary.privileges import TUN, Role
 from xenvm.boundary.workers import Connect, Decrypt, Join, Serve, Served
 from xenvm.broker import disks
 from xenvm.broker.children import Child
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     from xenvm.boundary.checks import Message
     from xenvm.boundary.devices import DiskGrant, Vif
+    from xenvm.boundary.machine import ModelState
+    from xenvm.broker.models import Launching
 
     Answer = tuple[Message, list[int]]
     Opening = Generator[Child, Answer, int]
@@ -43,13 +46,31 @@ class Wanted(Record):
     vifs: tuple[Vif, ...] = ()
     handed: Mapping[int, int] = MappingProxyType({})
 
+    @property
+    def place(self) -> tuple[Kind, int]:
+        """Kind and number of the first device."""
+        return (Kind.VBD, self.disks[0].device) if self.disks else (Kind.VIF, self.vifs[0].id)
+
 
 class Plugging:
     """The devices of one job."""
 
-    def __init__(self, uuid: str, log: int, wanted: Wanted, timeout_s: int, network: Child | None = None) -> None:
-        """Take over or start the worker for the cards now: it makes itself ready while the domain is made."""
+    def __init__(
+        self,
+        uuid: str,
+        log: int,
+        wanted: Wanted,
+        timeout_s: int,
+        network: Child | None = None,
+        launching: Launching | None = None,
+    ) -> None:
+        """Take over or start the worker for the cards now: it makes itself ready while the domain is made.
+
+        `launching` is the device model of a domain that is to have one.
+        """
         self._uuid, self._log, self._timeout_s = uuid, log, timeout_s
+        self._launching, self._loaded = launching, -1
+        self._taps: list[int] = []
         self._grants, vifs = wanted.disks, wanted.vifs
         self._vifs = vifs
         self._handed = {device: os.dup(descriptor) for device, descriptor in wanted.handed.items()}
@@ -62,22 +83,43 @@ class Plugging:
     @property
     def children(self) -> list[Child]:
         """The workers that run now."""
-        return [*self._waiting, *([self._network] if self._network else [])]
+        model = self._launching.worker if self._launching else None
+        return [child for child in (*self._waiting, self._network, model) if child]
 
     @property
     def planned(self) -> tuple[Vbd, ...]:
         """The disks as far as they are known before they are open."""
-        return tuple(_vbd(grant, -1, "") for grant in self._grants)
+        return tuple(_vbd(grant, -1, "") for grant in self._plugged)
+
+    @property
+    def _plugged(self) -> tuple[DiskGrant, ...]:
+        """The disks that become vbds: a CD drive of an HVM guest is its device model's alone."""
+        return tuple(grant for grant in self._grants if not (self._launching and grant.cdrom))
+
+    @property
+    def model(self) -> ModelState | None:
+        """The device model, once it runs."""
+        return self._launching.state if self._launching else None
 
     @property
     def ready(self) -> tuple[Vbd, ...] | None:
         """The disks with their numbers once everything is open and bridged; None before."""
-        if not self._begun or self._waiting or (self._vifs and not self._bridged):
+        if not self._all_open or (self._launching and not self._launching.state):
             return None
         return tuple(
             _vbd(grant, disks.number(self._opened[grant.device]), self._servers.get(grant.device, ""))
-            for grant in self._grants
+            for grant in self._plugged
         )
+
+    @property
+    def answer(self) -> Ready | None:
+        """What the helper is told once everything is ready; None before."""
+        ready, model = self.ready, self.model
+        return Ready(ready, (model,) if model else ()) if ready is not None else None
+
+    @property
+    def _all_open(self) -> bool:
+        return self._begun and not self._waiting and not (self._vifs and not self._bridged)
 
     def begin(self, domid: int) -> None:
         """Open the disks, and have the cards of `domid` bridged; raise XenvmError for what fails at once."""
@@ -85,12 +127,29 @@ class Plugging:
             raise ProtocolError("a job begins with its devices once")
         self._begun = True
         if self._network:
-            _ask(self._network, Join(domid, self._vifs, self._timeout_s))
+            if self._launching:
+                self._taps = [_tap() for _ in self._vifs[:EMULATED_NICS]]
+            _ask(self._network, Join(domid, self._vifs, self._timeout_s), tuple(self._taps))
         for grant in self._grants:
             self._go_on(grant, self._open(grant, self._handed.pop(grant.device, -1)), None)
 
+    def loaded(self, domid: int) -> None:
+        """Have the device model of `domid` started once everything is open; raise XenvmError when it cannot be."""
+        if not self._launching or self._loaded >= 0:
+            raise ProtocolError("a domain is loaded once, and only with a device model to come")
+        self._loaded = domid
+        self._launch()
+
+    def _launch(self) -> None:
+        if self._launching and self._loaded > 0 and self._all_open:
+            self._launching.launch(self._loaded, self._opened, self._vifs, self._taps)
+            self._loaded = 0
+
     def take(self, child: Child, message: Message, descriptors: list[int]) -> None:
         """Go on with what a worker has answered; its descriptors are taken over. Raise XenvmError when it failed."""
+        if self._launching and child is self._launching.worker:
+            self._launching.take(message)
+            return
         child.end(grace_ms=1000)
         try:
             if child is self._network:
@@ -103,6 +162,7 @@ class Plugging:
         finally:
             for descriptor in descriptors:  # what was of use is no longer among them
                 os.close(descriptor)
+        self._launch()
 
     def gone(self, child: Child) -> None:
         """Learn that a worker has ended without an answer."""
@@ -111,14 +171,17 @@ class Plugging:
 
     def close(self, *, succeeded: bool) -> None:
         """End the workers and close what is open; without success the image servers end too. Works twice."""
+        if self._launching:
+            self._launching.close(succeeded=succeeded)
         for child in self.children:
             child.end()
         for _grant, opening in self._waiting.values():
             opening.close()
         self._waiting.clear()
         self._network = None
-        for descriptor in (*self._opened.values(), *self._handed.values()):
+        for descriptor in (*self._opened.values(), *self._handed.values(), *self._taps):
             os.close(descriptor)
+        self._taps.clear()
         self._opened.clear()
         self._handed.clear()
         if not succeeded:
@@ -138,7 +201,7 @@ class Plugging:
         descriptor = disks.open_disk(grant, handed)
         if grant.type in disks.IMAGE_FORMATS:
             descriptor = yield from self._serve(grant, descriptor)
-        elif grant.type != "phy" and not _is_block(descriptor):
+        elif grant.type != "phy" and not _is_block(descriptor) and not (self._launching and grant.cdrom):
             descriptor = disks.loop(grant, descriptor)
         if grant.cipher:
             descriptor = yield from self._decrypt(grant, descriptor)
@@ -214,6 +277,14 @@ class Plugging:
             return _only(descriptors)
         finally:
             os.close(device)
+
+
+def _tap() -> int:
+    """Return a tap that is attached to no interface yet; that is for the network worker."""
+    try:
+        return os.open(TUN, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise XenvmError(f"{TUN}: {error.strerror}", hint="is the module tun loaded in dom0?") from error
 
 
 def _ask(worker: Child, message: Message, descriptors: tuple[int, ...] = ()) -> None:

@@ -30,7 +30,7 @@ NO_ADDRESS: Final = "00:00:00:00:00:00"
 
 def must_wait(work: Work | None, message: Message, postponed: int) -> bool:
     """Tell whether a request has to wait for a job that the broker does of its own accord, and not for long."""
-    if not work or work.op is not Op.SETTLE or work.sequence or postponed >= POSTPONED_LIMIT:
+    if not work or work.op not in (Op.SETTLE, Op.CRASH) or work.sequence or postponed >= POSTPONED_LIMIT:
         return False
     if isinstance(message, Ask):
         return message.op is not Op.DESTROY and message.op in PERMITS and PERMITS[message.op].deadline_s > 0

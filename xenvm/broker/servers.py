@@ -26,22 +26,20 @@ def server_uid() -> int:
 
 
 def server_text(pid: int, uid: int | None = None) -> str:
-    """Return pid and start time of a process of ours (the form of Vbd.server), "" when there is none such.
+    """Return pid and start time of a process (the form of Vbd.server), "" when there is none such.
 
-    `uid` is what server_uid says; who asks for many processes passes it.
+    It must be one of the user `uid`, without which it is what server_uid says; who asks for many processes passes it.
     """
     try:
         descriptor = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
         return ""
     try:
-        if os.fstat(descriptor).st_uid != (server_uid() if uid is None else uid):
+        # Not the owner of the directory: that is root for a process that has changed its user.
+        status = _read("status", descriptor)
+        if int(status.partition(b"\nUid:")[2].split(None, 1)[0]) != (server_uid() if uid is None else uid):
             return ""
-        stat = os.open("stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=descriptor)
-        try:
-            fields = os.read(stat, 4096).rpartition(b")")[2].split()
-        finally:
-            os.close(stat)
+        fields = _read("stat", descriptor).rpartition(b")")[2].split()
         return f"{pid} {int(fields[19])}"  # starttime, the 22nd field of proc(5)
     except (OSError, IndexError, ValueError):
         return ""
@@ -49,7 +47,30 @@ def server_text(pid: int, uid: int | None = None) -> str:
         os.close(descriptor)
 
 
-def end_server(text: str) -> None:
+def _read(name: str, directory: int) -> bytes:
+    descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        return os.read(descriptor, 4096)
+    finally:
+        os.close(descriptor)
+
+
+def open_server(text: str, uid: int) -> int:
+    """Return a pidfd of the server of this text, -1 when it is no longer that process."""
+    if not text:
+        return -1
+    pid = int(text.split()[0])
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return -1
+    if server_text(pid, uid) == text:
+        return pidfd
+    os.close(pidfd)
+    return -1
+
+
+def end_server(text: str, uid: int | None = None) -> None:
     """End the server of this text if it still is that process: it flushes at the first request. Works twice."""
     if not text:
         return
@@ -59,7 +80,7 @@ def end_server(text: str) -> None:
     except OSError:
         return
     try:
-        if server_text(pid) != text:  # looked at after the pidfd is there: it cannot change any more
+        if server_text(pid, uid) != text:  # looked at after the pidfd is there: it cannot change any more
             return
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)

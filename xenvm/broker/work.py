@@ -7,11 +7,12 @@ import os
 import time
 
 from xenvm.boundary.devices import Kind
-from xenvm.boundary.messages import Done, Failed, Fault, Job, Op, Phase
+from xenvm.boundary.messages import Done, Failed, Fault, Job, Op
 from xenvm.boundary.privileges import Role
 from xenvm.broker.children import Child
 from xenvm.broker.images import Feed, Sink, identity
 from xenvm.broker.kernels import Kernel
+from xenvm.broker.models import Launching
 from xenvm.broker.phases import PERMITS, RESTORING, SAVING
 from xenvm.broker.plugging import Plugging, Wanted
 from xenvm.context import suppress
@@ -91,6 +92,8 @@ class Work:
         self.initrd = -1
         self.place: Target | None = None
         """Where the broker itself is to give a new image its name."""
+        self.firmware: list[int] = []
+        """Firmware loader and BIOS of an HVM guest, which nobody has to unpack."""
 
     def begin(self, domid: int, grants: Grants, images: list[int], log: int, spares: Spares) -> None:
         """Take over the images, kernel first, and give the helper its job when they are ready.
@@ -102,11 +105,15 @@ class Work:
             if self.change.path:
                 self.place = Target(self.op, self.change.path)
                 self.change = self.change.but(image=self.place.file)
-            self.initrd = images[1] if len(images) > 1 else -1
-            self.kernel = Kernel(images[0], grants.uuid, log) if images else None
-            if wanted.disks or wanted.vifs:
+            if images and grants.machine:
+                self.firmware += images
+            else:
+                self.initrd = images[1] if len(images) > 1 else -1
+                self.kernel = Kernel(images[0], grants.uuid, log) if images else None
+            launching = Launching(grants, log) if self.firmware else None
+            if wanted.disks or wanted.vifs or launching:
                 network = spares.take(Role.NETWORK) if wanted.vifs else None
-                self.plugging = Plugging(grants.uuid, log, wanted, self.change.timeout_s, network)
+                self.plugging = Plugging(grants.uuid, log, wanted, self.change.timeout_s, network, launching)
             if self.op in RESTORING and self.change.image >= 0:
                 self.held[:] = [self.change.image] if self.op is Op.START_RESTORED else []  # else it is the request's
                 self.feed = Feed(grants.uuid, log, self.change.image, grants.memory_max_mib << 10)
@@ -135,7 +142,7 @@ class Work:
         if job is None or (self.kernel and self.kernel.ready < 0):
             return
         self.job = None
-        images = [self.kernel.ready] if self.kernel else []
+        images = [self.kernel.ready] if self.kernel else [*self.firmware]
         images += [self.initrd] if self.initrd >= 0 else []
         if self.feed or self.op in SAVING:
             images = [self.feed.pipe if self.feed else self.change.image]
@@ -160,6 +167,9 @@ class Work:
         if self.initrd >= 0:
             os.close(self.initrd)
             self.initrd = -1
+        for descriptor in self.firmware:
+            os.close(descriptor)
+        self.firmware.clear()
 
     def outcome(self, known: Domain) -> Message:
         """Return what its helper has answered, or that it did not, and why; an image that is whole gets its name."""
@@ -170,6 +180,11 @@ class Work:
                 self.result = None
                 return failed(self.sequence, error, known)
         return self.result or failed(self.sequence, how_it_failed(self), known)
+
+    def abandon(self) -> None:
+        """End it amid its work, and all that it holds."""
+        self.stop()
+        self.close()
 
     def close(self) -> None:
         """Close what came with the request, the place of an image, and the kernel."""
@@ -182,23 +197,6 @@ class Work:
         for descriptor in self.held:
             os.close(descriptor)
         self.held.clear()
-
-
-def in_vain(work: Work) -> bool:
-    """Tell whether it is of no use to look what a failed job has left.
-
-    That is when nobody has touched the domain yet, or when the look, which removes what is half there, would only meet
-    what the job has met.
-    """
-    if work.op is Op.DESTROY:
-        return work.result is not None or time.monotonic() >= work.end
-    return work.op is Op.REBUILD and work.waits_for_kernel
-
-
-def left_nothing(work: Work) -> bool:
-    """Tell whether a builder has said itself that it failed, after it has removed what it had made."""
-    failed_in_words = isinstance(work.result, Failed) and work.result.domain.phase is not Phase.BUILDING
-    return failed_in_words and (work.created or work.op is not Op.REBUILD)
 
 
 def ask_once(child: Child, message: Message, deadline_s: float) -> Done | Failed:
@@ -215,22 +213,6 @@ def ask_once(child: Child, message: Message, deadline_s: float) -> Done | Failed
         raise XenvmError(f"the {child.role} worker {child.how()} without an answer")
     finally:
         child.end(grace_ms=2000)
-
-
-def look_again(grants: Grants, log: int, acts: ActLog) -> Done | Failed | None:
-    """Have a fresh builder remove what is half there, and say what is left; None when it gave no answer.
-
-    Then the record in xenstore lets the next look or start do it.
-    """
-    builder = Child(Role.BUILDER, log, {}, grants.uuid)
-    acts.append("job", op="find", domid=-1, pid=builder.pid)
-    try:
-        answer = ask_once(builder, Job(Op.FIND, grants.uuid, -1, grants), PERMITS[Op.DESTROY].deadline_s)
-    except XenvmError as error:
-        acts.append("result", op="find", result=error.message[:200])
-        return None
-    acts.append("result", op="find", result=type(answer).__name__)
-    return answer
 
 
 def log_job(acts: ActLog, act: str, op: Op, urgent: bool, **details: object) -> None:

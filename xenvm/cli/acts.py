@@ -22,11 +22,15 @@ AGAIN_S: Final = 0.2
 
 
 class Acts(Record):
-    """What the act log says of the present monitor: proofs by process number, its log files, and why it is broken."""
+    """What the act log says of the present monitor: proofs by process number, its log files, and why it is broken.
+
+    `model` is process number and domid of the device model that it watches; 0 and -1 without one.
+    """
 
     proofs: dict[int, Proof]
     logs: frozenset[str]
     broken: str
+    model: tuple[int, int] = (0, -1)
 
 
 def read_acts(path: str) -> Acts:
@@ -41,6 +45,7 @@ def read_acts(path: str) -> Acts:
 def _read_acts(path: str) -> Acts:
     proofs: dict[int, Proof] = {}
     logs: set[str] = set()
+    model = (0, -1)
     broken = ""
     try:
         for record in actlog.read(*_files(path)):
@@ -48,15 +53,19 @@ def _read_acts(path: str) -> Acts:
             if act == "opened":
                 proofs.clear()
                 logs.clear()
+                model = (0, -1)
             elif act == "confined" and (proof := proof_of(record.get("proof"))):
                 proofs[proof.pid] = proof
             elif act == "sealed" and isinstance(grants, dict) and isinstance(output := grants.get("output"), str):
                 logs.add(output)
+            elif act == "model" and isinstance(pid := record.get("pid"), int):
+                domid = record.get("domid")
+                model = (pid, domid if isinstance(domid, int) else -1)
     except XenvmError as error:
         broken = error.message
     except OSError as error:
         broken = f"{path}: {error.strerror}"
-    return Acts(proofs, frozenset(logs), broken)
+    return Acts(proofs, frozenset(logs), broken, model)
 
 
 def proof_of(untrusted: object) -> Proof | None:

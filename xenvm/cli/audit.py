@@ -16,14 +16,14 @@ from datetime import UTC, datetime
 from xenvm import __version__
 from xenvm.boundary.devices import label
 from xenvm.boundary.place import MARK, Place
-from xenvm.boundary.privileges import TABLE, Landlock, Role, markdown_table
+from xenvm.boundary.privileges import QEMU_USER, TABLE, Landlock, Role, markdown_table
 from xenvm.boundary.spawn import command
 from xenvm.broker.host import LOG_DIRECTORY
 from xenvm.broker.plugging import RUN_DIRECTORY
 from xenvm.cli import live, render
 from xenvm.cli.acts import SUFFIX, read_acts, verify
 from xenvm.cli.client import NoMonitorError, is_uuid, socket_directory
-from xenvm.cli.compare import Expected, Line, lines, server_lines
+from xenvm.cli.compare import Expected, Line, lines, model_lines, server_lines
 from xenvm.errors import ExitCode, PermissionRefusedError, UsageError, XenvmError
 from xenvm.record import Record
 
@@ -117,7 +117,27 @@ def audit(host: Host, uuid: str) -> list[Audited]:
     general = _missing(found)
     if acts.broken:
         general.append(Line("act log", "an unbroken chain", acts.broken, differs=True))
+    found += _model(host, uuid, acts, found[0])
     return [*found, Audited(None, None, tuple(general))] if general else found
+
+
+def _model(host: Host, uuid: str, acts: Acts, broker: Audited) -> list[Audited]:
+    """Judge the device model, which is nobody's child; by the act log, since it could call itself anything."""
+    pid, domid = acts.model
+    if not pid or domid < 0:
+        return []
+    try:
+        process = live.look(pid)
+        root = os.readlink(f"/proc/{pid}/root")  # noqa: PTH115
+    except (live.GoneError, FileNotFoundError):
+        return []
+    row = TABLE[Role.DEVICEMODEL]
+    inherited = broker.process.filters or 1 if broker.process else 1
+    number = host.identity(QEMU_USER)[0] + domid
+    # the worker's filter, and the one against children
+    wanted = expected(host, uuid, row, acts, inherited + 1).but(uid=number, gid=number)
+    wanted = wanted.but(logs=wanted.logs | {os.path.realpath(f"{host.logs}/{uuid}.qemu")})
+    return [Audited(Role.DEVICEMODEL, process, tuple(model_lines(row, process, wanted, root)))]
 
 
 def _survey(host: Host, uuid: str, broker: int) -> tuple[list[Audited], Acts]:
@@ -205,6 +225,7 @@ def expected(host: Host, uuid: str, row: Row, acts: Acts, inherited: int) -> Exp
         acts=os.path.realpath(_acts_path(host, uuid)),
         images=f"{RUN_DIRECTORY}/image-{uuid}-",
         simulator=host.place.simulator,
+        model=f"{RUN_DIRECTORY}/qmp-{uuid}",
     )
 
 

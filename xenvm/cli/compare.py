@@ -10,7 +10,7 @@ import os
 
 import prctl
 
-from xenvm.boundary.privileges import FILE, LOG, PRIVCMD, SOCKET, Landlock, Role
+from xenvm.boundary.privileges import FILE, LOG, PIPE, PRIVCMD, SOCKET, Landlock, Role
 from xenvm.boundary.proof import CAPABILITY_SETS, SECCOMP_FILTERED
 from xenvm.record import Record
 
@@ -33,6 +33,10 @@ IMAGE_ROLES: Final = frozenset({Role.BROKER, Role.IMAGE, Role.STORAGE})
 MACHINE_ROLES: Final = frozenset({Role.BROKER, Role.NETWORK})
 """Who asks the kernel for something, which on a simulated host goes through a socket."""
 STORE_SOCKETS: Final = ("xenstored/socket", "xenstored/socket_ro")
+MODEL_PROGRAM: Final = "/usr/libexec/xen-qemu-system-i386"
+MODEL_ROOT: Final = "/var/lib/xenvm/empty"
+_BOTH_ENDS: Final = 2
+"""A pipe of the device model leads from itself to itself."""
 LANDLOCK_PROBE: Final = "open / under Landlock"  # what boundary.confine calls it
 
 
@@ -51,8 +55,8 @@ class Expected(Record):
     `command` is how it is started, `tails` what may follow that (None: anything). `filters` is how many seccomp
     filters it has at least, its ancestors' among them. `landlock` is the version that its proof must name. `logs` are
     the paths of the monitor's log, `acts` that of its act log. `images` begins the names of the sockets that images
-    of the VM are served on. `simulator` is the directory of a simulated host, "" on a real one: there nobody has a
-    capability, and the bounding set stays as it was.
+    of the VM are served on, `model` is the QMP socket of its device model. `simulator` is the directory of a simulated
+    host, "" on a real one: there nobody has a capability, and the bounding set stays as it was.
     """
 
     uid: int
@@ -65,6 +69,7 @@ class Expected(Record):
     acts: str
     images: str
     simulator: str = ""
+    model: str = ""
 
 
 def compare(row: Row, process: Live, proof: Proof | None, expected: Expected) -> list[Line]:
@@ -95,6 +100,42 @@ def server_lines(row: Row, process: Live, expected: Expected) -> list[Line]:
         *_seccomp(row, process, expected),
         *_limits(row, process),
     ]
+
+
+def model_lines(row: Row, process: Live, expected: Expected, root: str) -> list[Line]:
+    """Return the properties of a device model: what a devicemodel worker has left it, and what it gave up itself.
+
+    `root` is the directory that it has as its root.
+    """
+    empty = os.path.realpath(root) == MODEL_ROOT
+    identity = [line for line in _identity(row, process, expected) if line.name not in ("threads", "groups")]
+    groups = process.status.groups
+    capabilities = list(_capabilities(row, process, expected))
+    mine = [line if line.name == "CapBnd" else _none(line) for line in capabilities]
+    targets = [d.target for d in process.descriptors]
+    wrong = [
+        descriptor
+        for descriptor in process.descriptors
+        if _kind(row, descriptor, expected) not in row.extra_descriptors | {LOG}
+        or (descriptor.kind == PIPE and targets.count(descriptor.target) != _BOTH_ENDS)
+    ]
+    kinds = [_kind(row, descriptor, expected) for descriptor in process.descriptors]
+    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+    shown = ", ".join(_shown(process, d.number, d.kind) for d in wrong) or counts
+    return [
+        Line("program", MODEL_PROGRAM, process.program, process.program != MODEL_PROGRAM),
+        *identity,
+        Line("groups", str(expected.gid), " ".join(map(str, groups)), set(groups) - {expected.gid} != set()),
+        *mine,
+        *_seccomp(row, process, expected),
+        *_limits(row, process),
+        Line("root directory", f"{MODEL_ROOT}, empty", root, not empty),
+        Line("descriptors", ", ".join(sorted(row.extra_descriptors)), shown, bool(wrong)),
+    ]
+
+
+def _none(line: Line) -> Line:
+    return line.but(table="none", differs=line.process != "none")
 
 
 def _program(process: Live, expected: Expected) -> Line:
@@ -223,7 +264,7 @@ def _sockets(row: Row, process: Live, expected: Expected) -> Iterator[Line]:
             continue
         if descriptor.protocol.partition("-")[0] not in families:
             foreign.append(f"{descriptor.number} {descriptor.protocol}")
-        elif row.role in IMAGE_ROLES and descriptor.peer.startswith(expected.images):
+        elif _of_this_vm(row, descriptor, expected):
             continue
         elif is_store(descriptor.peer) or (expected.simulator and descriptor.peer == machine):
             store.append(f"{descriptor.number} {descriptor.peer}")
@@ -234,6 +275,13 @@ def _sockets(row: Row, process: Live, expected: Expected) -> Iterator[Line]:
     may = row.role in STORE_ROLES or (bool(expected.simulator) and row.role in MACHINE_ROLES)
     yield Line("xenstored", "may be connected" if may else "none", ", ".join(store) or "none", bool(store) and not may)
     yield Line("other servers", "none", ", ".join(clients) or "none", bool(clients))
+
+
+def _of_this_vm(row: Row, descriptor: Descriptor, expected: Expected) -> bool:
+    """Tell whether a socket leads to an image server or to the device model, for whom that is meant."""
+    if row.role in IMAGE_ROLES and descriptor.peer.startswith(expected.images):
+        return True
+    return row.role is Role.SUPERVISOR and descriptor.peer == expected.model != ""
 
 
 def is_store(name: str) -> bool:

@@ -40,6 +40,7 @@ LIMIT_TITLES: Final = {
     "CORE": "Max core file size",
     "CPU": "Max cpu time",
     "FSIZE": "Max file size",
+    "MEMLOCK": "Max locked memory",
     "NOFILE": "Max open files",
     "NPROC": "Max processes",
 }

@@ -40,7 +40,7 @@ DEVICE_KEYS: Final = (
         default=False,
         guests=Guests.HVM,
         published=True,
-        help="Show the guest the SCSI identity of the disks below its phy disks.",
+        help="Show the guest the SCSI identity of the disks below its phy disks. This version refuses it.",
         applied="`sm-data/scsi` of the vbd's backend in xenstore",
     ),
     Key(
@@ -105,7 +105,8 @@ DEVICE_KEYS: Final = (
         default=SerialSpec(kind=SerialKind.PTY),
         blank_is_default=True,
         published=True,
-        help="Where the serial port leads. A PV guest has a console instead, always on a pty: it takes `pty` only.",
+        help="Where the serial port leads. A PV guest has a console instead, always on a pty: it takes `pty` only. "
+        "An HVM guest takes no device in this version.",
         applied="`-serial` of QEMU",
     ),
     Key(
@@ -118,7 +119,9 @@ DEVICE_KEYS: Final = (
         hvm_default=DisplaySpec(kind=DisplayKind.VNC),
         published=True,
         help="The guest's screen. Options of vnc: `use-port-unused` (so by default) or `port=N`, a display 0 to 99 or "
-        "a TCP port from 5900 on; `keymap=NAME`.",
-        applied="`-vnc` of QEMU, on the loopback address; with PV a vfb and a vkbd",
+        "a TCP port from 5900 on; `keymap=NAME`; `listen=ADDRESS` of the host, by default 127.0.0.1; "
+        "`password-file=PATH`, which is refused, since Debian's QEMU for Xen is built without what a password takes. "
+        "This version knows vnc and none, and for PV guests none.",
+        applied="a listening socket of QEMU; with PV a vfb and a vkbd",
     ),
 )

@@ -58,7 +58,7 @@ _PCI_SLOTS: Final = 32  # linux/pci.h: five bits of slot, three of function
 _PCI_FUNCTIONS: Final = 8
 
 _IPV4: Final = re.compile(r"(?:(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])(?:\.(?!$)|$)){4}")
-_VNC_OPTIONS: Final = ("use-port-unused", "port", "keymap")
+_VNC_OPTIONS: Final = ("use-port-unused", "port", "keymap", "listen", "password-file")
 _VNC_BASE: Final = 5900  # RFC 6143: display N listens on TCP port 5900 + N
 _VNC_DISPLAYS: Final = 100
 
@@ -245,7 +245,15 @@ def display(text: str) -> DisplaySpec:
         kind=kind,
         vnc_port=_vnc_port(to_int(given["port"])) if "port" in given else None,
         keymap=keymap(given["keymap"]) if "keymap" in given else None,
+        listen=_address(given["listen"]) if "listen" in given else None,
+        password_file=path(given["password-file"]) if "password-file" in given else None,
     )
+
+
+def _address(text: str) -> str:
+    if not _IPV4.fullmatch(text):
+        raise ValueRefusedError(f"{quoted(text)} is no IPv4 address", "0.0.0.0 listens on all addresses of the host")
+    return text
 
 
 def _vnc_port(number: int) -> int:

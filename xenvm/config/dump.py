@@ -147,7 +147,12 @@ def _(serial: SerialSpec) -> str:
 
 @_writes(DisplaySpec)
 def _(display: DisplaySpec) -> str:
-    options = _options([("port", display.vnc_port), ("keymap", display.keymap)])
+    options = _options(
+        [
+            *(("port", display.vnc_port), ("keymap", display.keymap)),
+            *(("listen", display.listen), ("password-file", display.password_file)),
+        ]
+    )
     return display.kind + (":" + ",".join(options) if options else "")
 
 

@@ -82,7 +82,7 @@ MACHINE_KEYS: Final = (
         value=SWITCH,
         default=True,
         guests=Guests.HVM,
-        help="Page tables assisted by the hardware.",
+        help="Page tables assisted by the hardware. This version refuses false.",
         applied="flag of the domain at its creation",
     ),
     Key(
@@ -154,7 +154,7 @@ MACHINE_KEYS: Final = (
         default=False,
         guests=Guests.HVM,
         published=True,
-        help="Show the guest the SMBIOS tables of the host.",
+        help="Show the guest the SMBIOS tables of the host. This version refuses it.",
         applied="the SMBIOS module of hvmloader",
     ),
     Key(
@@ -180,7 +180,7 @@ MACHINE_KEYS: Final = (
         default=False,
         guests=Guests.HVM,
         published=True,
-        help="Show the guest the licence tables (SLIC, MSDM) of the host's ACPI.",
+        help="Show the guest the licence tables (SLIC, MSDM) of the host's ACPI. This version refuses it.",
         applied="the ACPI module of hvmloader",
     ),
     Key(
@@ -192,7 +192,7 @@ MACHINE_KEYS: Final = (
         default=0,
         guests=Guests.HVM,
         published=True,
-        help="0 none, 1 pass-through of limited scope, 2 not passed through.",
+        help="0 none, 1 pass-through of limited scope, 2 not passed through. This version refuses 1.",
         applied="the ACPI of the guest",
     ),
     Key(
@@ -204,7 +204,7 @@ MACHINE_KEYS: Final = (
         default=0,
         guests=Guests.HVM,
         published=True,
-        help="Pass the vendor's features through; anything but 0 switches it on.",
+        help="Pass the vendor's features through; anything but 0 switches it on. This version refuses it.",
         applied="the device model",
     ),
     Key(
@@ -216,7 +216,8 @@ MACHINE_KEYS: Final = (
         default=0,
         guests=Guests.HVM,
         published=True,
-        help="Pass events of the lid and the power button on to the guest; anything but 0 switches it on.",
+        help="Pass events of the lid and the power button on to the guest; anything but 0 switches it on. This version "
+        "refuses that.",
         applied="the device model",
     ),
     Key(

@@ -8,6 +8,7 @@ helper then lets the backends go on.
 from __future__ import annotations
 
 from xenvm.boundary.images import Image, Packed, Packing
+from xenvm.boundary.machine import EndModel, Loaded
 from xenvm.boundary.messages import Created, Failed, Ready
 from xenvm.errors import ExitCode, ProtocolError, TimeoutExpiredError, XenvmError
 from xenvm.helpers import devices
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
     from xenvm.boundary.checks import Message
     from xenvm.boundary.devices import DeviceState, Vbd
     from xenvm.boundary.frames import Channel
+    from xenvm.boundary.machine import ModelState
     from xenvm.boundary.messages import Job
     from xenvm.helpers.store import Store
 
 IMAGE_WAIT_S: Final = 86400.0  # the job's own deadline, which the broker keeps, is the one that counts
+MODEL_START_WAIT_S: Final = 90.0  # QEMU's own 60 seconds (what xl gives it), and the way there
+MODEL_END_WAIT_S: Final = 20.0  # longer than the broker waits for QEMU to end
 
 
 class Devices:
@@ -39,17 +43,33 @@ class Devices:
         wanted = bool(self._job.vbds or self._job.vifs)
         if wanted:
             devices.write(self._store, self._job.uuid, domid, self._job.vbds, self._job.vifs)
-        if wanted or earlier:
+        if wanted or earlier or self._job.grants.machine:
             self.announce(domid, earlier)
 
     def announce(self, domid: int, earlier: tuple[DeviceState, ...] = ()) -> None:
         """Tell the broker that the devices of `domid` are there for its part."""
         self._channel.send(Created(domid, earlier))
 
-    def finish(self, domid: int) -> None:
-        """Wait for the broker's part, then give the backends what they wait for; the guest may run after that."""
-        if self._job.vbds or self._job.vifs:
-            devices.connect(self._store, self._job.uuid, domid, self.wait(), self._job.vifs)
+    def finish(self, domid: int) -> ModelState | None:
+        """Wait for the broker's part, then give the backends what they wait for; the guest may run after that.
+
+        Return the device model, which runs by then, of a guest that has one.
+        """
+        if self._job.grants.machine:
+            self._channel.send(Loaded(domid))
+        elif not self._job.vbds and not self._job.vifs:
+            return None
+        ready = self._ready()
+        devices.connect(self._store, self._job.uuid, domid, ready.vbds, self._job.vifs)
+        return ready.models[0] if ready.models else None
+
+    def release(self, domid: int, server: str) -> None:
+        """Have the broker end the device model of a domain that is about to go; raise XenvmError when it does not."""
+        self._channel.send(EndModel(domid, server))
+        while (received := self._channel.receive(deadline_s=MODEL_END_WAIT_S)) is not None:
+            if isinstance(received[0], Ready) and not received[0].vbds and not received[0].models:
+                return
+        raise ProtocolError("the broker did not end the device model")
 
     def image(self) -> Image:
         """Wait until the image that is to be restored is checked; raise XenvmError with what is wrong with it."""
@@ -80,12 +100,17 @@ class Devices:
 
     def wait(self) -> tuple[Vbd, ...]:
         """Wait for the broker's part and return the disks with their numbers; raise XenvmError with its reason."""
+        return self._ready().vbds
+
+    def _ready(self) -> Ready:
+        patience_s = self._job.timeout_s + (MODEL_START_WAIT_S if self._job.grants.machine else 0)
         try:
-            received = self._channel.receive(deadline_s=self._job.timeout_s)
+            received = self._channel.receive(deadline_s=patience_s)
         except TimeoutExpiredError:
-            names = ", ".join(f"{kind} {device}" for kind, device in devices.places(self._job.vbds, self._job.vifs))
+            places = devices.places(self._job.vbds, self._job.vifs)
+            names = ", ".join(f"{kind} {device}" for kind, device in places) or "device model"
             raise TimeoutExpiredError(
-                f"{names}: disks were not opened or interfaces not bridged within {self._job.timeout_s} s",
+                f"{names}: disks were not opened or interfaces not bridged within {patience_s:g} s",
                 hint="the key device-timeout gives them more time; the monitor's log says what they wait for",
             ) from None
         message = received[0] if received else None
@@ -94,4 +119,4 @@ class Devices:
             raise XenvmError(fault.message, hint=fault.hint, code=ExitCode(fault.code))
         if not isinstance(message, Ready):
             raise ProtocolError("the broker did not say whether the devices are ready")
-        return message.vbds
+        return message

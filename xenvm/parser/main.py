@@ -25,6 +25,7 @@ from xenvm.errors import ConfigError, ProtocolError
 from xenvm.helpers import serve
 from xenvm.model import DiskSpec, DisplayKind, Uuid
 from xenvm.parser.hostpolicy import NO_POLICY, host_policy, prepare
+from xenvm.parser.machine import machine, refused
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -177,6 +178,7 @@ def _grants(config: Config, fresh_uuid: str) -> Grants:
         device_timeout_s=config.device_timeout_s,
         image=config.startup_file or "",
         image_compression=config.image_compression.value,
+        machine=(machine(config),) if config.hvm else (),
     )
 
 
@@ -209,8 +211,9 @@ def _policy(config: Config) -> Policy:
 
 def _not_yet(config: Config, result: ParseResult) -> Iterator[ConfigIssue]:
     """Name every key that is understood but that this version cannot act on: none is dropped without a word."""
+    if config.hvm:
+        yield from refused(config, result.lines)
     wanted = {
-        "hvm": config.hvm,
         "pci": bool(config.pci),
         "display": not config.hvm and config.display.kind is not DisplayKind.NONE,
         "cores_per_socket": config.cores_per_socket is not None,
@@ -222,7 +225,6 @@ def _not_yet(config: Config, result: ParseResult) -> Iterator[ConfigIssue]:
 
 
 UNABLE: Final = {
-    "hvm": "starts PV guests only",
     "pci": "does not pass PCI devices through",
     "display": "gives PV guests no display",
     "cores_per_socket": "does not shape the processor topology",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from xenvm.errors import UsageError
+from xenvm.errors import ExitCode, UsageError, XenvmError
 from xenvm.record import MappingProxyType, Record
 from xenvm.supervisor.states import Event
 
@@ -54,6 +54,12 @@ COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
         "nic-del": Command(arguments=frozenset({"id", "force", "timeout"})),
         "nic-network-switch": Command(arguments=frozenset({"id", "bridge"})),
         "doctor": Command(arguments=frozenset({"clean"})),
+        "get-vnc": Command(reading=True),
+        "get-stubdomid": Command(reading=True),
+        "get-acpi-state": Command(reading=True),
+        "trigger": Command(arguments=frozenset({"params"})),
+        "s3suspend": Command(),
+        "s3resume": Command(),
         "read-config": Command(arguments=frozenset({"path"})),
         "console": Command(),
         "console-log": Command(),
@@ -67,6 +73,7 @@ ALIASES: Final[Mapping[str, str]] = MappingProxyType(
         "reboot": "restart",
         "get-status": "status",
         "get-domid": "domid",
+        "vnc": "get-vnc",
     }
 )
 """Names of the original that still serve."""
@@ -77,11 +84,8 @@ NOT_HERE: Final[Mapping[str, str]] = MappingProxyType(
         "passes no PCI devices through, and all backends run in dom0",
     )
     | dict.fromkeys(
-        (
-            *("s3suspend", "s4suspend", "s3resume", "trigger", "get-vnc", "vnc", "get-acpi-state", "get-stubdomid"),
-            *("cd-insert-file", "cd-insert-real"),
-        ),
-        "starts PV guests only, and this command is for HVM guests",
+        (*("s4suspend", "cd-insert-file", "cd-insert-real"),),
+        "does not have this one: hibernation is the guest's own, and cd-insert takes every disc",
     )
     | dict.fromkeys(("set", "set-mem-target"), "changes a running guest by no such command; edit the config file")
 )
@@ -97,6 +101,16 @@ def find(name: str) -> tuple[str, Command]:
             raise UsageError(f"{name}: this version of xenvm {NOT_HERE[name]}")
         raise UsageError(f"{_shown(name)}: no such command", hint="xenvm-cmd help lists them")
     return name, command
+
+
+def check_rights(name: str, command: Command, rights: str, uid: int) -> None:
+    """Refuse a command to whom it is not open."""
+    if rights != "all" and not (rights == "read" and command.reading):
+        raise XenvmError(
+            f"{name}: user {uid} may not do this",
+            hint="root and the group xenvm may do everything, the group xenvm-read may look",
+            code=ExitCode.PERMISSION_REFUSED,
+        )
 
 
 def check_arguments(name: str, command: Command, params: Mapping[str, str]) -> None:

@@ -8,6 +8,7 @@ from xenvm.boundary.messages import Ask, Done, Init, Op, Plug, Rebridge, Unplug
 from xenvm.errors import ExitCode, ProtocolError, UsageError, WrongStateError, XenvmError
 from xenvm.model import Uuid, derived_mac, virtual_device_number
 from xenvm.record import MappingProxyType
+from xenvm.supervisor import buttons
 from xenvm.supervisor.commands import boolean, seconds
 
 TYPE_CHECKING = False
@@ -40,6 +41,7 @@ COMMANDS: Final = (
     *("disk-list", "disk-add", "disk-del", "cd-insert", "cd-eject"),
     *("nic-list", "nic-add", "nic-del", "nic-network-switch"),
     "doctor",
+    *buttons.COMMANDS,
 )
 
 
@@ -47,6 +49,9 @@ def request(
     name: str, sequence: int, params: Params, init: Init, taken: Iterable[int]
 ) -> tuple[Op, Ask | Plug | Unplug | Rebridge]:
     """Return what to ask of the broker for a command; raise UsageError when its parameters are off."""
+    if name in buttons.COMMANDS:
+        op = buttons.request(name, params)
+        return op, Ask(sequence, op, "", 0)
     if name in ("disk-list", "nic-list"):
         return Op.DEVICES, Ask(sequence, Op.DEVICES, "", 0)
     if name == "doctor":
@@ -63,6 +68,8 @@ def request(
 
 def answer(name: str, done: Done) -> tuple[str, object]:
     """Return what a command says when it is done: the devices, one word, or what is not as it should be."""
+    if name in buttons.COMMANDS:
+        return buttons.answer(name, done)
     if name == "doctor":
         found = [
             f"{state.kind} {state.name}: its backend is {STATES[state.backend]}; doctor clean=true removes it"

@@ -10,6 +10,7 @@ import os
 import select
 import time
 
+from xenvm.boundary import machine
 from xenvm.boundary.messages import (
     Ask,
     Domain,
@@ -31,9 +32,11 @@ from xenvm.errors import (
     WrongStateError,
     XenvmError,
 )
-from xenvm.supervisor import commands, devices, images
+from xenvm.supervisor import answers, buttons, commands, devices, discs, images
+from xenvm.supervisor.control import Request
 from xenvm.supervisor.desk import Desk
 from xenvm.supervisor.machine import SUSPEND_REASON, Happening, Vm, seen, step
+from xenvm.supervisor.model import Model
 from xenvm.supervisor.pending import GOALS, Operation, Waiter, error_of
 from xenvm.supervisor.states import ALIVE, ENDED, STABLE, Event, State
 
@@ -44,7 +47,7 @@ if TYPE_CHECKING:
     from typing import Final
 
     from xenvm.boundary.frames import Channel
-    from xenvm.supervisor.control import Client, Request
+    from xenvm.supervisor.control import Client
 
 QUERY_PAUSE_S: Final = 1.0  # between two looks at the domain, however many others end on this host
 WAIT_DEFAULT_S: Final = 60.0
@@ -81,6 +84,7 @@ class Supervisor(Desk):
         self._device_asks: dict[int, str] = {}
         self._nics: frozenset[int] = frozenset()
         self._revive = False
+        self._model = Model()
 
     def run(self) -> int:
         """Serve until the broker ends; return the exit status."""
@@ -97,6 +101,8 @@ class Supervisor(Desk):
                     self._from_watcher()
                 elif descriptor == self._listener.fileno():
                     self._accept()
+                elif descriptor == self._model.fileno():
+                    self._model.read()
                 elif descriptor in self._clients:
                     self._from_client(self._clients[descriptor], events)
             self._timers(time.monotonic())
@@ -112,9 +118,11 @@ class Supervisor(Desk):
             due.append(self._operation.commit_due_s)
         if self._look_due and not self._asked:
             due.append(self._look_due)
+        due += [self._model.due] if self._model.due else []
         return max(0.0, min(due) - time.monotonic()) if due else -1
 
     def _timers(self, now_s: float) -> None:
+        self._model.expire(now_s)
         if self._look_due and now_s >= self._look_due and not self._asked:
             self._look_due, self._looked = 0.0, now_s
             if self._vm.state not in ENDED:
@@ -122,14 +130,8 @@ class Supervisor(Desk):
         operation = self._operation
         if operation and operation.deadline_s and now_s >= operation.deadline_s:
             operation.deadline_s = 0.0
-            waited_s = now_s - operation.since_s
             event = Event.IGNORED_FORCE if operation.force else Event.IGNORED
-            verb = "shut down" if operation.name == "shutdown" else "restart"
-            fault = Fault(
-                int(ExitCode.TIMED_OUT),
-                f"{operation.name}: the guest did not {verb} within {waited_s:.0f} s and runs on",
-                f"a guest without a shutdown daemon ignores the request; {operation.name} force=true does not ask",
-            )
+            fault = answers.ignored(operation, now_s)
             self._happen(Happening(event, now_s, fault=None if operation.force else fault))
         if operation and operation.commit_due_s and now_s >= operation.commit_due_s:
             self._abandon("the image was not taken over in time")
@@ -158,6 +160,9 @@ class Supervisor(Desk):
         if isinstance(message, Init):
             self._init = message
             self._publish("config", {})
+        elif isinstance(message, machine.Model):
+            if self._model.adopt(descriptors.pop() if descriptors else -1, message.vnc_port):
+                self._epoll.register(self._model.fileno(), select.EPOLLIN)
         elif isinstance(message, Progress):
             self._step = {"step": message.step}
             if message.total_kib:
@@ -299,11 +304,7 @@ class Supervisor(Desk):
 
     def _report_start(self, fault: Fault | None) -> None:
         """Tell whoever started the monitor; from now on clients are served. A failed start ends the monitor."""
-        text, code = "", 0
-        if fault:
-            text, code = fault.message + (f"\nhint: {fault.hint}" if fault.hint else ""), fault.code
-        elif self._vm.state is State.SHUTDOWN and self._init.policy.startup != "shutdown":
-            text, code = f"the guest did not stay up: {self._vm.reason}", int(ExitCode.FAILED)
+        text, code = answers.outcome(self._init, self._vm, fault)
         self._sequence += 1
         self._broker.send(Ask(self._sequence, Op.STARTED, text, code))
 
@@ -322,12 +323,7 @@ class Supervisor(Desk):
 
     def _command(self, client: Client, request: Request) -> None:
         name, command = commands.find(request.method)
-        if client.rights != "all" and not (client.rights == "read" and command.reading):
-            raise XenvmError(
-                f"{name}: user {client.uid} may not do this",
-                hint="root and the group xenvm may do everything, the group xenvm-read may look",
-                code=ExitCode.PERMISSION_REFUSED,
-            )
+        commands.check_rights(name, command, client.rights, client.uid)
         commands.check_arguments(name, command, request.params)
         self._debug(f"command {name} from user {client.uid}")
         if command.event is not None:
@@ -374,22 +370,7 @@ class Supervisor(Desk):
             self._publish("state", {"reason": after.reason})
 
     def _status(self) -> dict[str, object]:
-        vm, busy = self._vm, self._operation
-        return {
-            "uuid": self._init.uuid,
-            "name": self._init.name,
-            "state": vm.state,
-            "running": vm.state not in ENDED,
-            "domid": vm.domid if vm.domid > 0 else None,
-            "memory_mib": self._init.memory_mib,
-            "vcpus": self._init.vcpus,
-            "monitor_pid": self._init.monitor_pid,
-            "config_file": self._init.config_file,
-            "reason": vm.reason,
-            "busy": {"command": busy.name, "for_s": round(time.monotonic() - busy.since_s, 1)} if busy else None,
-            "step": self._step.get("step", ""),
-            "progress": self._step,
-        }
+        return answers.status(self._init, self._vm, self._operation, self._step)
 
     def _do_status(self, client: Client, request: Request) -> None:
         text = str(self._vm.state) + (f" ({self._vm.reason})" if self._vm.reason else "")
@@ -402,10 +383,7 @@ class Supervisor(Desk):
         client.reply(request.identifier, commands.help_text(), sorted(commands.COMMANDS))
 
     def _do_get(self, client: Client, request: Request) -> None:
-        field = request.params.get("field", "")
-        value = self._init.fields.get(field)
-        if value is None:
-            raise UsageError(f"get: no field {field[:64]!a}", hint=f"one of {', '.join(sorted(self._init.fields))}")
+        value = answers.field(self._init, request.params.get("field", ""))
         client.reply(request.identifier, value, value)
 
     def _do_events(self, client: Client, request: Request) -> None:
@@ -427,10 +405,7 @@ class Supervisor(Desk):
 
     def _do_read_config(self, client: Client, request: Request) -> None:
         if "path" in request.params:
-            raise UsageError(
-                "read-config: only the file this monitor was started with is read again",
-                hint=f"that is {self._init.config_file}; for another one: quit, then xenvm FILE",
-            )
+            raise answers.other_file(self._init)
         self._ask_beside(Op.READ_CONFIG, client, request)
 
     def _do_console(self, client: Client, request: Request) -> None:
@@ -452,6 +427,9 @@ class Supervisor(Desk):
         name, params = commands.ALIASES.get(request.method, request.method), request.params
         if self._vm.state not in ALIVE:
             raise WrongStateError(f"{name}: the VM is {self._vm.state}")
+        if name in discs.COMMANDS and answers.is_hvm(self._init):
+            self._change_disc(name, client, request)
+            return
         if self._wait_for_broker(name, client, request):
             return
         self._sequence += 1
@@ -530,6 +508,33 @@ class Supervisor(Desk):
         self._sequence += 1
         self._broker.send(Ask(self._sequence, Op.CANCEL, "", 0))
 
+    def _change_disc(self, name: str, client: Client, request: Request) -> None:
+        """Have the device model take a disc or let it go: what an HVM guest has is a real drive."""
+
+        def finish(error: XenvmError | None) -> None:
+            if error:
+                client.refuse(request.identifier, error)
+            else:
+                client.reply(request.identifier, "", None)
+                self._publish("device", {"command": name, "devices": None})
+            if client.fileno() >= 0:
+                self._serve(client)
+
+        self._model.begin(name, discs.steps(name, request.params, client.take_handed()), finish)
+
+    def _do_trigger(self, client: Client, request: Request) -> None:
+        if request.params.get("params") == buttons.RESET and answers.is_hvm(self._init):
+            self._change(client, Request(request.identifier, "restart", {"force": "true"}), "restart", Event.RESTART)
+        else:
+            self._do_device(client, request)
+
+    def _do_vnc(self, client: Client, request: Request) -> None:
+        text = answers.vnc_port(self._init, self._vm, self._model.vnc_port)
+        client.reply(request.identifier, text, int(text))
+
+    def _do_stubdomid(self, client: Client, request: Request) -> None:
+        client.reply(request.identifier, "-1" if not client.modern else "none: the device model runs in dom0", -1)
+
     def _do_console_log(self, client: Client, request: Request) -> None:
         self._ask_beside(Op.CONSOLE_LOG, client, request)
 
@@ -556,9 +561,10 @@ class Supervisor(Desk):
         name = self._device_asks.pop(message.sequence, "")
         text, data = "", None
         if name and isinstance(message, Done):
-            self._nics = devices.cards(message)
             text, data = devices.answer(name, message)
-            if not name.endswith("list"):
+            if name not in buttons.COMMANDS:
+                self._nics = devices.cards(message)
+            if not name.endswith("list") and name not in buttons.COMMANDS:
                 self._publish("device", {"command": name, "devices": data})
         if client is None:
             return
@@ -582,18 +588,13 @@ class Supervisor(Desk):
         **dict.fromkeys(images.COMMANDS, _do_image),
         "commit": _do_commit,
         "cancel": _do_cancel,
+        "trigger": _do_trigger,
+        "get-vnc": _do_vnc,
+        "get-stubdomid": _do_stubdomid,
         "quit": _do_quit,
     }
 
     # What others hear
 
     def _publish(self, kind: str, details: dict[str, object]) -> None:
-        event = {
-            "time": round(time.time(), 3),
-            "uuid": self._init.uuid,
-            "event": kind,
-            "state": self._vm.state,
-            "domid": self._vm.domid if self._vm.domid > 0 else None,
-            **details,
-        }
-        self._tell(event)
+        self._tell(answers.event(self._init, self._vm, kind, details))

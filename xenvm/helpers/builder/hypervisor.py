@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Final
 
+    from xenvm.boundary.machine import Machine
     from xenvm.boundary.messages import Affinity, CpuidRule, Domain, Grants
     from xenvm.helpers.saved import Head
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 SHUTDOWN_POWEROFF: Final = 0  # xen/sched.h
 SHUTDOWN_SUSPEND: Final = 2
+SHUTDOWN_CRASH: Final = 3
 
 
 class HypervisorError(XenvmError):
@@ -72,7 +74,7 @@ class Hypervisor(ABC):
         """Give a fresh domain its vcpus, memory limit and the size of its pseudo-physical memory map."""
 
     @abstractmethod
-    def apply_cpuid(self, domid: int, rules: tuple[CpuidRule, ...]) -> None:
+    def apply_cpuid(self, domid: int, rules: tuple[CpuidRule, ...], *, pae: bool = True) -> None:
         """Give the domain the host's default CPU policy changed by `rules`; all rules count."""
 
     @abstractmethod
@@ -152,3 +154,43 @@ class Hypervisor(ABC):
     @abstractmethod
     def find(self, uuid: str) -> list[Domain]:
         """Return the domains whose handle is `uuid`; more than one only after a foreign tool made a double."""
+
+    # What HVM guests need besides; a host that has none refuses the first of it.
+
+    def create_hvm(self, uuid: str, vcpus: int) -> int:
+        """Create an empty, paused HVM domain whose handle is `uuid`; return its domid."""
+        raise HypervisorError(f"this host runs no HVM guests ({vcpus} vcpus for {uuid})")
+
+    def prepare_hvm(self, domid: int, vcpus: int, machine: Machine, *, memory_kib: int, memory_mib: int) -> None:
+        """Give a fresh domain its vcpus, memory limit, the pool for its page tables, timers and clock."""
+        raise NotImplementedError
+
+    def load_hvm(
+        self,
+        domid: int,
+        *,
+        loader: int,
+        bios: int,
+        memory_mib: int,
+        vcpus: int,
+        apic: bool,
+        channels: Channels,
+    ) -> Rings:
+        """Build the guest in `domid` from the descriptors of firmware loader and BIOS."""
+        raise NotImplementedError
+
+    def crash(self, domid: int) -> None:
+        """Stop the domain as one that has crashed; the domain object stays."""
+        raise NotImplementedError
+
+    def press(self, domid: int, trigger: str) -> None:
+        """Press the `power` button, or send the first vcpu an `nmi`."""
+        raise NotImplementedError
+
+    def has_drivers(self, domid: int) -> bool:
+        """Tell whether an HVM guest has PV drivers, which hear requests."""
+        raise NotImplementedError
+
+    def sleep_state(self, domid: int) -> int:
+        """Return the ACPI sleep state of an HVM guest, 0 for awake."""
+        raise NotImplementedError

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import time
 
+from xenvm.boundary.devices import is_server
 from xenvm.boundary.images import other_memory
+from xenvm.boundary.machine import ModelState, is_tty
 from xenvm.boundary.messages import NO_DOMAIN, Domain, DomainState, Done, Grants, Job, Op, Phase
 from xenvm.context import suppress
-from xenvm.errors import BusyError, ExitCode, TimeoutExpiredError, WrongStateError, XenvmError
+from xenvm.errors import BusyError, ExitCode, ProtocolError, TimeoutExpiredError, WrongStateError, XenvmError
 from xenvm.helpers import devices
-from xenvm.helpers.builder import tree
+from xenvm.helpers.builder import cpuid, tree
 from xenvm.helpers.builder.hypervisor import Channels
 from xenvm.helpers.builder.saving import Saving
 from xenvm.record import MappingProxyType
@@ -45,6 +47,9 @@ STARTING: Final = frozenset({Op.START, Op.START_PAUSED, Op.START_RESTORED, Op.BU
 CREATING: Final = frozenset({Op.BUILD, Op.BUILD_PAUSED, Op.REBUILD, Op.RESTORE, Op.RESTORE_PAUSED})
 RESTORING: Final = frozenset({Op.RESTORE, Op.RESTORE_PAUSED, Op.START_RESTORED})
 PAUSED: Final = frozenset({Op.BUILD_PAUSED, Op.START_PAUSED, Op.RESTORE_PAUSED})
+TRIGGERS: Final = MappingProxyType({Op.PRESS_POWER: "power", Op.NMI: "nmi"})
+LOOKING: Final = STARTING | CREATING | {Op.FIND}
+NOT_FOR_HVM: Final = RESTORING | {Op.SAVE, Op.CHECKPOINT}
 SHUTDOWN_WORDS: Final = MappingProxyType({Op.ASK_POWEROFF: "poweroff", Op.ASK_REBOOT: "reboot"})
 
 
@@ -63,9 +68,15 @@ class Builder:
     def run(self, job: Job, images: list[int]) -> Done:
         """Do the job; return the domain as it is then, the text that only CONSOLE has, and the devices it came upon."""
         if job.op is Op.CONSOLE:
-            return Done(0, self._ours(job), self._console(job.domid))
+            return Done(0, self._ours(job), self._console(job))
+        if job.op is Op.S_STATE:
+            return Done(0, self._ours(job), self._sleep_state(job))
+        if job.grants.machine and job.op in NOT_FOR_HVM:
+            raise WrongStateError(f"{job.op}: this version saves and restores PV guests only")
         domain, text = self._act(job, images)
-        return Done(0, domain, text, self._seen)
+        present = domain.state not in (DomainState.ABSENT, DomainState.DYING)
+        models = self._models(job.uuid) if job.op in LOOKING and present else ()
+        return Done(0, domain, text, self._seen, models)
 
     def _act(self, job: Job, images: list[int]) -> tuple[Domain, str]:
         text = ""
@@ -170,11 +181,18 @@ class Builder:
         grants, xen, store = job.grants, self._xen, self._store
         memory_kib, max_kib = grants.memory_mib * 1024, grants.memory_max_mib * 1024
         self._progress("creating the domain", 0, 0)
-        domid = xen.create_pv(job.uuid, grants.vcpus)
+        machine = grants.machine[0] if grants.machine else None
+        domid = (xen.create_hvm if machine else xen.create_pv)(job.uuid, grants.vcpus)
         tree.write_record(store, job.uuid, domid, Phase.BUILDING)
-        tree.write_skeleton(store, domid, job.uuid, grants.name)
+        tree.write_skeleton(store, domid, job.uuid, grants.name, hvm=machine is not None)
         self._plugging.begin(domid, self._seen)
-        xen.prepare_pv(domid, grants.vcpus, memory_kib=memory_kib + MAXMEM_SLACK_KIB, map_kib=max_kib)
+        video_mib = machine.videoram_mib if machine else 0
+        if machine:
+            tree.write_machine(store, domid, job.uuid, machine)
+            limit_kib = memory_kib + MAXMEM_SLACK_KIB * (1 + len(grants.nics))  # the cards' ROMs are the guest's memory
+            xen.prepare_hvm(domid, grants.vcpus, machine, memory_kib=limit_kib, memory_mib=grants.memory_mib)
+        else:
+            xen.prepare_pv(domid, grants.vcpus, memory_kib=memory_kib + MAXMEM_SLACK_KIB, map_kib=max_kib)
         xen.pin(domid, grants.affinity)
         store_domid, console_domid = self._daemon("xenstored"), self._daemon("xenconsoled")
         channels = Channels(
@@ -190,18 +208,34 @@ class Builder:
             domid,
             memory_kib=memory_kib,
             max_kib=max_kib,
+            video_kib=video_mib * 1024,
             vcpus=grants.vcpus,
             rings=rings,
             channels=channels,
         )
         store.introduce(domid, rings.store_frame, channels.store_port)
-        if job.vbds or job.vifs:
-            self._progress("connecting the devices", 0, 0)
-            self._plugging.finish(domid)
+        if job.vbds or job.vifs or machine:
+            self._progress("starting the device model" if machine else "connecting the devices", 0, 0)
+            model = self._plugging.finish(domid)
+            if machine and model:
+                tree.write_model(store, job.uuid, domid, model, machine.vnc_host)
         return domid
 
     def _boot(self, grants: Grants, images: list[int], domid: int, channels: Channels) -> Rings:
-        """Load kernel and initrd into the new domain."""
+        """Load kernel and initrd into the new domain, or firmware loader and BIOS."""
+        if grants.machine:
+            machine = grants.machine[0]
+            self._xen.apply_cpuid(domid, cpuid.rules(machine, grants.cpuid), pae=machine.pae)
+            self._progress("loading the firmware", 0, 0)
+            return self._xen.load_hvm(
+                domid,
+                loader=images[0],
+                bios=images[1],
+                memory_mib=grants.memory_mib - machine.videoram_mib,
+                vcpus=grants.vcpus,
+                apic=machine.apic,
+                channels=channels,
+            )
         self._xen.apply_cpuid(domid, grants.cpuid)
         self._progress("loading the kernel", 0, 0)
         return self._xen.load_pv(
@@ -288,6 +322,10 @@ class Builder:
         for domain in domains:
             if domain.state is DomainState.RUNNING:
                 self._xen.pause(domain.domid)
+        server = tree.read_model(self._store, uuid)[0]
+        if recorded > 0 and server and is_server(server):
+            self._plugging.release(recorded, server)
+        for domain in domains:
             devices.remove_every(self._store, uuid, domain.domid)  # while it exists: else a backend may never let go
             tree.remove_domain(self._store, domain.domid)
             self._xen.destroy(domain.domid)
@@ -321,7 +359,34 @@ class Builder:
         self._withdraw(domain, _job)
         Saving(self._xen, self._store, _job, self._progress, self._plugging).resume()
 
+    def _crash(self, domain: Domain, _job: Job) -> None:
+        if domain.state is not DomainState.SHUTDOWN:
+            self._xen.crash(domain.domid)
+
+    def _press(self, domain: Domain, job: Job) -> None:
+        self._need_machine(job)
+        self._xen.press(domain.domid, TRIGGERS[job.op])
+
+    def _sleep_state(self, job: Job) -> str:
+        self._need_machine(job)
+        return str(self._xen.sleep_state(job.domid))
+
+    def _need_machine(self, job: Job) -> None:
+        if not job.grants.machine:
+            raise WrongStateError(f"{job.op}: a PV guest has no buttons and no ACPI")
+
+    def _models(self, uuid: str) -> tuple[ModelState, ...]:
+        server, tty, port = tree.read_model(self._store, uuid)
+        try:
+            return (ModelState.from_body({"server": server, "tty": tty, "vnc_port": int(port)}),) if server else ()
+        except (ValueError, ProtocolError):
+            return ()
+
     def _ask(self, domain: Domain, job: Job) -> None:
+        """Ask the guest; one without PV drivers has its power button pressed, since it hears nothing else."""
+        if job.grants.machine and not self._xen.has_drivers(domain.domid):
+            self._xen.press(domain.domid, "power")
+            return
         self._store.write(f"{tree.domain_path(domain.domid)}/control/shutdown", SHUTDOWN_WORDS[job.op])
 
     def _withdraw(self, domain: Domain, _job: Job) -> None:
@@ -331,9 +396,12 @@ class Builder:
         if domain.state is not DomainState.SHUTDOWN:
             self._xen.power_off(domain.domid)
 
-    def _console(self, domid: int) -> str:
-        """Return the terminal that xenconsoled serves the guest's console on."""
-        path = f"{tree.domain_path(domid)}/console/tty"
+    def _console(self, job: Job) -> str:
+        """Return the terminal of the serial port, or the one that xenconsoled serves the guest's console on."""
+        tty = tree.read_model(self._store, job.uuid)[1]
+        if tty and is_tty(tty):
+            return tty
+        path = f"{tree.domain_path(job.domid)}/console/tty"
         end = time.monotonic() + CONSOLE_WAIT_S
         while not (untrusted_tty := self._store.read(path)):
             if time.monotonic() >= end:
@@ -352,6 +420,9 @@ class Builder:
             Op.PAUSE: _pause,
             Op.UNPAUSE: _unpause,
             Op.RESUME: _resume,
+            Op.CRASH: _crash,
+            Op.PRESS_POWER: _press,
+            Op.NMI: _press,
             Op.ASK_POWEROFF: _ask,
             Op.ASK_REBOOT: _ask,
             Op.WITHDRAW: _withdraw,

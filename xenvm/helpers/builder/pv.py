@@ -31,9 +31,9 @@ def load(
     channels: Channels,
 ) -> Rings:
     """Build the guest in `domid` from the descriptors `kernel` and `initrd`; raise HypervisorError with the reason."""
-    images = [_map(kernel, "kernel")]
+    images = [map_image(kernel, "kernel")]
     if initrd is not None:
-        images.append(_map(initrd, "initrd"))
+        images.append(map_image(initrd, "initrd"))
     lib.xenvm_clear_error()
     dom = lib.xc_dom_allocate(xen.handle, cmdline.encode("utf-8"), ffi.NULL)
     if dom == ffi.NULL:
@@ -81,7 +81,7 @@ def _build(
     return Rings(store_frame=lib.xc_dom_p2m(dom, dom.xenstore_pfn), console_frame=lib.xc_dom_p2m(dom, dom.console_pfn))
 
 
-def _map(descriptor: int, what: str) -> Any:
+def map_image(descriptor: int, what: str) -> Any:
     """Map a file for reading; cffi keeps the mapping alive with the buffer."""
     size = os.fstat(descriptor).st_size
     if not 0 < size <= IMAGE_LIMIT_BYTES:

@@ -53,7 +53,7 @@ class Hypervisor(hypervisor.Hypervisor):
         """Set the memory limit."""
         self._call("prepare", domid=domid, memory_kib=memory_kib)
 
-    def apply_cpuid(self, domid: int, rules: tuple[CpuidRule, ...]) -> None:
+    def apply_cpuid(self, domid: int, rules: tuple[CpuidRule, ...], *, pae: bool = True) -> None:
         """Do nothing: nothing looks at the processor."""
 
     def pin(self, domid: int, rules: tuple[Affinity, ...]) -> None:

@@ -14,6 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
+    from xenvm.boundary.machine import Machine, ModelState
     from xenvm.helpers.builder.hypervisor import Channels, Rings
 
 RECORDS: Final = "/xenvm"
@@ -30,6 +31,7 @@ GUEST_OWNED: Final = (  # what a PV guest may write, all below its own directory
     "attr",
     "error",
 )
+HVM_OWNED: Final = ("control/feature-s3", "control/feature-s4")
 GUEST_READABLE: Final = ("cpu", "memory", "device", "control")
 PLATFORM_FEATURES: Final = ("platform-feature-multiprocessor-suspend", "platform-feature-xs_reset_watches")
 CONSOLE_LIMIT_BYTES: Final = 1048576  # how much xenconsoled buffers for a guest nobody reads
@@ -93,7 +95,7 @@ def woken(store: Store, uuid: str) -> None:
     store.remove(f"{record_path(uuid)}/wakes")
 
 
-def write_skeleton(store: Store, domid: int, uuid: str, name: str) -> None:
+def write_skeleton(store: Store, domid: int, uuid: str, name: str, *, hvm: bool = False) -> None:
     """Make the domain's directories, empty of everything an earlier domain of this id may have left."""
     home, vm = domain_path(domid), f"/vm/{uuid}"
     readable, owned = ("n0", f"r{domid}"), (f"n{domid}",)
@@ -108,7 +110,7 @@ def write_skeleton(store: Store, domid: int, uuid: str, name: str) -> None:
         for node in GUEST_READABLE:
             store.make(f"{home}/{node}")
             store.permissions(f"{home}/{node}", *readable)
-        for node in GUEST_OWNED:
+        for node in (*GUEST_OWNED, *(HVM_OWNED if hvm else ())):
             store.write(f"{home}/{node}", "")
             store.permissions(f"{home}/{node}", *owned)
         for node in PLATFORM_FEATURES:
@@ -119,8 +121,79 @@ def write_skeleton(store: Store, domid: int, uuid: str, name: str) -> None:
     store.transaction(steps)
 
 
+def write_machine(store: Store, domid: int, uuid: str, machine: Machine) -> None:
+    """Tell hvmloader what machine to make, and give the device model an empty directory of its own."""
+    home, model = domain_path(domid), model_path(domid)
+    readable = ("n0", f"r{domid}")
+    sleeps = "1" if machine.acpi else "0"
+    nodes = {
+        "hvmloader/bios": "seabios",
+        "hvmloader/allow-memory-relocate": "0",  # QEMU maps the guest's memory where it was built
+        "platform/acpi": "1" if machine.acpi else "0",
+        "platform/acpi_s3": sleeps,
+        "platform/acpi_s4": sleeps,
+        "platform/acpi_laptop_slate": "0",
+        "platform/device-model": "qemu_xen",
+    }
+    nodes |= {f"platform/{setting.key}": setting.value for setting in machine.platform}
+    nodes |= {f"bios-strings/{text.key}": text.value for text in machine.bios_strings}
+
+    def steps() -> None:
+        for directory in ("hvmloader", "platform", "bios-strings"):
+            store.make(f"{home}/{directory}")
+            store.permissions(f"{home}/{directory}", *readable)
+        for node, value in nodes.items():
+            store.write(f"{home}/{node}", value)
+        store.write(f"/vm/{uuid}/rtc/timeoffset", str(machine.timeoffset_s))
+        store.remove(model)
+        store.make(model)
+        store.permissions(model, "n0")
+
+    store.transaction(steps)
+
+
+def write_model(store: Store, uuid: str, domid: int, model: ModelState, vnc_host: str) -> None:
+    """Note the device model in our record, and for xl where serial port and screen are."""
+
+    def steps() -> None:
+        path = f"{record_path(uuid)}/model"
+        store.make(path)
+        store.permissions(path, "n0")
+        for node, value in (("server", model.server), ("tty", model.tty), ("vnc-port", str(model.vnc_port))):
+            store.write(f"{path}/{node}", value)
+        if model.tty:
+            store.write(f"{domain_path(domid)}/serial/0/tty", model.tty)
+        if model.vnc_port:
+            store.write(f"{domain_path(domid)}/console/vnc-listen", vnc_host)
+            store.write(f"{domain_path(domid)}/console/vnc-port", str(model.vnc_port))
+
+    store.transaction(steps)
+
+
+def read_model(store: Store, uuid: str) -> tuple[str, str, str]:
+    """Return what our record says of the device model: server, terminal, VNC port; each "" without one."""
+
+    def word(node: str) -> str:
+        return (store.read(f"{record_path(uuid)}/model/{node}") or b"").decode("ascii", "replace")
+
+    return word("server"), word("tty"), word("vnc-port")
+
+
+def model_path(domid: int) -> str:
+    """Return the directory of the domain's device model."""
+    return f"/local/domain/0/device-model/{domid}"
+
+
 def write_built(
-    store: Store, domid: int, *, memory_kib: int, max_kib: int, vcpus: int, rings: Rings, channels: Channels
+    store: Store,
+    domid: int,
+    *,
+    memory_kib: int,
+    max_kib: int,
+    video_kib: int = 0,
+    vcpus: int,
+    rings: Rings,
+    channels: Channels,
 ) -> None:
     """Publish what the guest needs to boot: memory, ports, ring frames, vcpus and its console."""
     home = domain_path(domid)
@@ -129,8 +202,8 @@ def write_built(
     def steps() -> None:
         for node, value in (
             ("memory/static-max", max_kib),
-            ("memory/target", memory_kib),
-            ("memory/videoram", 0),
+            ("memory/target", memory_kib - video_kib),
+            ("memory/videoram", video_kib),
             ("domid", domid),
             ("store/port", channels.store_port),
             ("store/ring-ref", rings.store_frame),
@@ -190,6 +263,7 @@ def remove_domain(store: Store, domid: int) -> None:
         store,
         (
             domain_path(domid),
+            model_path(domid),
             f"/local/domain/0/backend/console/{domid}",
             f"/local/domain/0/error/backend/console/{domid}",
         ),
@@ -199,5 +273,11 @@ def remove_domain(store: Store, domid: int) -> None:
 def remove_vm(store: Store, uuid: str) -> None:
     """Remove the nodes that belong to the uuid, the record last, and the parents that are empty then."""
     remove_all(store, (f"/vm/{uuid}", record_path(uuid)))
-    for parent in (RECORDS, "/vm", "/local/domain/0/backend/console", "/local/domain/0/backend"):
+    for parent in (
+        RECORDS,
+        "/vm",
+        "/local/domain/0/device-model",
+        "/local/domain/0/backend/console",
+        "/local/domain/0/backend",
+    ):
         store.remove_if_empty(parent)

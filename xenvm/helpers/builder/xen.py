@@ -13,13 +13,21 @@ import os
 from xenvm.boundary.messages import Affinity, CpuidRule, Domain, DomainState, Phase
 from xenvm.errors import WrongStateError, XenvmError
 from xenvm.helpers.builder import hypervisor
-from xenvm.helpers.builder.hypervisor import SHUTDOWN_POWEROFF, Channels, HostMemory, HypervisorError, Rings
+from xenvm.helpers.builder.hypervisor import (
+    SHUTDOWN_CRASH,
+    SHUTDOWN_POWEROFF,
+    Channels,
+    HostMemory,
+    HypervisorError,
+    Rings,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any, Final
 
+    from xenvm.boundary.machine import Machine
     from xenvm.boundary.messages import Grants
     from xenvm.helpers.builder.hypervisor import Frames
     from xenvm.helpers.saved import Head
@@ -33,7 +41,7 @@ except ImportError as error:  # a machine without Xen, or libraries of another X
         hint="install libxen-dev of the running Xen release, then xenvm again (pip install --no-deps .)",
     ) from error
 
-from xenvm.helpers.builder import pv, transfer  # noqa: E402 - they take ffi and lib from here
+from xenvm.helpers.builder import hvm, pv, transfer  # noqa: E402 - they take ffi and lib from here
 
 __all__ = ["ffi", "lib"]  # for the other modules of the builder: here a failed import is a clear error
 
@@ -92,8 +100,25 @@ class Hypervisor(hypervisor.Hypervisor):
         info = self._physinfo()
         if not info.capabilities & lib.XEN_SYSCTL_PHYSCAP_pv:
             raise HypervisorError("this hypervisor runs no PV guests", hint="it was built without CONFIG_PV")
-        grant_version = 2 if info.capabilities & lib.XEN_SYSCTL_PHYSCAP_gnttab_v2 else 1
         wish = ffi.new("struct xen_domctl_createdomain *")
+        return self._create(wish, info, uuid, vcpus)
+
+    def create_hvm(self, uuid: str, vcpus: int) -> int:
+        """Create an empty, paused HVM domain whose handle is `uuid`; return its domid."""
+        info = self._physinfo()
+        if not info.capabilities & lib.XEN_SYSCTL_PHYSCAP_hvm:
+            raise HypervisorError(
+                "this hypervisor runs no HVM guests", hint="switch the processor's virtualisation on in the firmware"
+            )
+        if not info.capabilities & lib.XEN_SYSCTL_PHYSCAP_hap:
+            raise HypervisorError("this processor has no hardware assisted paging, which xenvm needs for HVM guests")
+        wish = ffi.new("struct xen_domctl_createdomain *")
+        wish.flags = lib.XEN_DOMCTL_CDF_hvm | lib.XEN_DOMCTL_CDF_hap
+        wish.arch.emulation_flags = lib.XEN_X86_EMU_ALL & ~lib.XEN_X86_EMU_VPCI
+        return self._create(wish, info, uuid, vcpus)
+
+    def _create(self, wish: Any, info: Any, uuid: str, vcpus: int) -> int:
+        grant_version = 2 if info.capabilities & lib.XEN_SYSCTL_PHYSCAP_gnttab_v2 else 1
         wish.handle = list(bytes.fromhex(uuid.replace("-", "")))
         wish.max_vcpus = vcpus
         wish.max_evtchn_port = MAX_EVENT_PORT
@@ -110,7 +135,61 @@ class Hypervisor(hypervisor.Hypervisor):
         self.check(lib.xc_domain_set_memmap_limit(self._xch, domid, map_kib), "setting the memory map limit")
         self.check(lib.xc_domain_set_tsc_info(self._xch, domid, 0, 0, 0, 0), "setting the time stamp counter mode")
 
-    def apply_cpuid(self, domid: int, rules: tuple[CpuidRule, ...]) -> None:
+    def prepare_hvm(self, domid: int, vcpus: int, machine: Machine, *, memory_kib: int, memory_mib: int) -> None:
+        """Give a fresh domain its vcpus, memory limit, the pool for its page tables, timers and clock."""
+        self.check(lib.xc_domain_max_vcpus(self._xch, domid, vcpus), f"giving the domain {vcpus} vcpus")
+        self.check(lib.xc_domain_setmaxmem(self._xch, domid, memory_kib), "setting the memory limit")
+        self.check(lib.xc_domain_set_tsc_info(self._xch, domid, 0, 0, 0, 0), "setting the time stamp counter mode")
+        pool = hvm.paging_bytes(vcpus, memory_mib)
+        self.check(lib.xc_set_paging_mempool_size(self._xch, domid, pool), "setting the page table pool")
+        hvm.set_parameters(self, domid, machine)
+
+    def load_hvm(
+        self,
+        domid: int,
+        *,
+        loader: int,
+        bios: int,
+        memory_mib: int,
+        vcpus: int,
+        apic: bool,
+        channels: Channels,
+    ) -> Rings:
+        """Build the guest in `domid` from the descriptors of firmware loader and BIOS."""
+        size = {"memory_mib": memory_mib, "vcpus": vcpus}
+        return hvm.load(self, domid, loader=loader, bios=bios, apic=apic, channels=channels, **size)
+
+    def press(self, domid: int, trigger: str) -> None:
+        """Press the `power` button, or send the first vcpu an `nmi`."""
+        hvm.press(self, domid, trigger)
+
+    def has_drivers(self, domid: int) -> bool:
+        """Tell whether the guest has said where it wants Xen's events: then it has PV drivers that hear requests."""
+        return self.parameter(domid, lib.HVM_PARAM_CALLBACK_IRQ, "the guest's callback") != 0
+
+    def sleep_state(self, domid: int) -> int:
+        """Return the ACPI sleep state, 0 for awake."""
+        return self.parameter(domid, lib.HVM_PARAM_ACPI_S_STATE, "the ACPI state")
+
+    def set_parameter(self, domid: int, parameter: int, value: int, what: str) -> None:
+        """Set one HVM parameter (xen/hvm/params.h); `what` names it in the error."""
+        self.check(lib.xc_hvm_param_set(self._xch, domid, parameter, value), f"setting {what}")
+
+    def parameter(self, domid: int, parameter: int, what: str) -> int:
+        """Return one HVM parameter."""
+        value = ffi.new("uint64_t *")
+        self.check(lib.xc_hvm_param_get(self._xch, domid, parameter, value), f"reading {what}")
+        return int(value[0])
+
+    def set_time_offset(self, domid: int, seconds: int) -> None:
+        """Move the guest's clock away from UTC."""
+        self.check(lib.xc_domain_set_time_offset(self._xch, domid, seconds), "setting the time offset")
+
+    def trigger(self, domid: int, number: int, what: str) -> None:
+        """Send a trigger of xen/domctl.h to the first vcpu."""
+        self.check(lib.xc_domain_send_trigger(self._xch, domid, number, 0), what)
+
+    def apply_cpuid(self, domid: int, rules: tuple[CpuidRule, ...], *, pae: bool = True) -> None:
         """Give the domain the host's default CPU policy changed by `rules`; all rules count."""
         keep = []
         array = ffi.new("struct xc_xend_cpuid[]", len(rules) + 1)
@@ -123,7 +202,7 @@ class Hypervisor(hypervisor.Hypervisor):
                     array[index].policy[register] = keep[-1]
         array[len(rules)].leaf = lib.XEN_CPUID_INPUT_UNUSED
         result = lib.xc_cpuid_apply_policy(
-            self._xch, domid, False, ffi.NULL, 0, True, False, False, array if rules else ffi.NULL, ffi.NULL
+            self._xch, domid, False, ffi.NULL, 0, pae, False, False, array if rules else ffi.NULL, ffi.NULL
         )
         if result < 0:  # this one call returns -errno
             raise HypervisorError(f"setting the CPU policy: {self.reason(-result)}")
@@ -206,6 +285,10 @@ class Hypervisor(hypervisor.Hypervisor):
     def power_off(self, domid: int) -> None:
         """Cut the power as the guest sees it; the domain object stays, with reason poweroff."""
         self.check(lib.xc_domain_shutdown(self._xch, domid, SHUTDOWN_POWEROFF), "forcing the domain off")
+
+    def crash(self, domid: int) -> None:
+        """Stop the domain as one that has crashed; the domain object stays."""
+        self.check(lib.xc_domain_shutdown(self._xch, domid, SHUTDOWN_CRASH), "stopping the domain as crashed")
 
     def destroy(self, domid: int) -> None:
         """Remove the domain; may take seconds for a large guest."""

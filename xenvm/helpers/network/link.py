@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _socket as socket  # `socket` itself builds enumerations at each start
 import errno
+import fcntl
 import os
 import struct
 
@@ -26,6 +27,10 @@ NLM_F_REQUEST, NLM_F_ACK = 1, 4
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO, IFLA_INFO_KIND = 1, 3, 4, 10, 18, 1
 NESTED: Final = 0x3FFF  # NLA_TYPE_MASK
 IFF_UP: Final = 1
+# linux/if_tun.h, linux/if.h: struct ifreq is a name and here its flags
+TUNSETIFF: Final = 0x400454CA
+IFF_TAP, IFF_NO_PI = 0x0002, 0x1000
+INTERFACE_REQUEST: Final = struct.Struct("=16sH22x")
 REPLY_LIMIT_BYTES: Final = 65536
 
 
@@ -46,6 +51,11 @@ def connect(wait_s: float) -> Route:
     route = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
     route.settimeout(wait_s)
     return route
+
+
+def attach(tap: int, name: str) -> None:
+    """Make the interface `name` of an open /dev/net/tun; it goes with the last descriptor. Raise OSError."""
+    fcntl.ioctl(tap, TUNSETIFF, bytearray(INTERFACE_REQUEST.pack(name.encode(), IFF_TAP | IFF_NO_PI)))
 
 
 def find(route: Route, name: str) -> Link | None:

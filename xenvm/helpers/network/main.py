@@ -37,12 +37,15 @@ def main() -> int:
         received = channel.receive(deadline_s=REQUEST_WAIT_S)
         if received is None:
             return 0
-        message = received[0]
-        if not isinstance(message, Join):
+        message, taps = received
+        if not isinstance(message, Join) or len(taps) > len(message.vifs):
             raise ProtocolError("a network worker joins interfaces only")
         end = time.monotonic() + message.timeout_s
+        for vif, tap in zip(message.vifs, taps, strict=False):  # first, since it needs no waiting
+            _attach(tap, message.domid, vif)
+            _join(route, f"vif{message.domid}.{vif.id}-emu", vif, end, message.timeout_s)
         for vif in message.vifs:
-            _join(route, message.domid, vif, end, message.timeout_s)
+            _join(route, f"vif{message.domid}.{vif.id}", vif, end, message.timeout_s)
         channel.send(Done(0, NO_DOMAIN, ""))
     except XenvmError as error:
         channel.send(Failed(0, Fault(int(error.code), error.message[:4000], error.hint[:1000]), NO_DOMAIN))
@@ -50,9 +53,16 @@ def main() -> int:
     return 0
 
 
-def _join(route: link.Route, domid: int, vif: Vif, end: float, patience_s: float) -> None:
-    """Put one card's interface into its bridge, out of another one if need be; safe to do again."""
-    name = f"vif{domid}.{vif.id}"
+def _attach(tap: int, domid: int, vif: Vif) -> None:
+    """Make the interface of an emulated card: it lives as long as the descriptor, which the device model gets."""
+    try:
+        link.attach(tap, f"vif{domid}.{vif.id}-emu")
+    except OSError as error:
+        raise XenvmError(f"network card {vif.id}: cannot make a tap: {error.strerror}") from error
+
+
+def _join(route: link.Route, name: str, vif: Vif, end: float, patience_s: float) -> None:
+    """Put one interface into its card's bridge, out of another one if need be; safe to do again."""
     try:
         while (port := link.find(route, name)) is None:
             if time.monotonic() >= end:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from xenvm.boundary.place import HERE
 from xenvm.record import Record
 from xenvm.simulator.client import Machine
@@ -20,6 +22,11 @@ class Link(Record):
 def connect(wait_s: float) -> Route:  # noqa: ARG001 - the client has a limit of its own
     """Connect to the simulated machine."""
     return Machine(HERE.machine)
+
+
+def attach(_tap: int, name: str) -> None:
+    """Refuse: a simulated host has PV guests only."""
+    raise OSError(errno.EOPNOTSUPP, f"no taps on a simulated host: {name}")
 
 
 def find(route: Route, name: str) -> Link | None:

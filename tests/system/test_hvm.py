@@ -1,0 +1,509 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""HVM guests: firmware, device model, disks, screen, keys, and what happens when the device model ends.
+
+Most guests here are a boot sector, `sector.s`, which is up as soon as the firmware is. Linux boots from a disc that is
+made of Debian's parts: isolinux, the kernel, and the test guest's initramfs, which talks on the first serial port.
+"""
+
+import contextlib
+import ctypes
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import threading
+import time
+import tty
+from pathlib import Path
+
+import pytest
+from conftest import MIB, domains, kill, run, until
+
+from xenvm.cli.client import Monitor
+from xenvm.errors import XenvmError
+
+MEMORY_MIB = 192
+PATIENCE_S = 60.0
+LOAD_S = 400.0  # how long firmware and loader may take to read a kernel, word by word out of an emulated IDE drive
+QEMU = "xen-qemu-system-i386"
+PIDFD_GETFD = 438  # asm/unistd_64.h
+TIMER_MODE, HPET_ENABLED, VPT_ALIGN, VIRIDIAN = 10, 11, 16, 9  # HVM_PARAM_* of xen/hvm/params.h
+PAE, APIC, NX = 1 << 6, 1 << 9, 1 << 20  # CPUID 1 edx, and 80000001 edx
+XEN, MICROSOFT = (int.from_bytes(name, "little") for name in (b"XenV", b"Micr"))
+
+
+@pytest.fixture(scope="session")
+def sector(tmp_path_factory):
+    """The boot sector, whose last byte but two makes it reset itself."""
+    place = tmp_path_factory.mktemp("sector")
+    source = Path(__file__).with_name("sector.s")
+    for words in (
+        ("as", "--32", "-o", "sector.o", str(source)),
+        ("ld", "-m", "elf_i386", "--oformat", "binary", "-Ttext", "0x7c00", "-o", "sector", "sector.o"),
+    ):
+        done = run(*words, cwd=place)
+        assert done.returncode == 0, done.stderr
+    return (place / "sector").read_bytes()
+
+
+@pytest.fixture
+def disk(sector, image):
+    """Return a maker of disks that boot."""
+    made = []
+
+    def make(reboots=False):
+        code = bytearray(sector)
+        code[509] = reboots
+        made.append(image(f"hvm-{len(made)}.img", MIB, bytes(code)))
+        return made[-1]
+
+    return make
+
+
+def disc(directory, append=""):
+    """Make a disc that boots the test guest, which is also a disk that does."""
+    tree = Path(directory) / f"tree-{len(append)}"
+    made = tree.with_suffix(".iso")
+    (tree / "isolinux").mkdir(parents=True)
+    shutil.copy("/usr/lib/ISOLINUX/isolinux.bin", tree / "isolinux")
+    shutil.copy("/usr/lib/syslinux/modules/bios/ldlinux.c32", tree / "isolinux")
+    for part in ("vmlinuz", "guest.gz"):
+        (tree / part).symlink_to(f"/lab/{part}")
+    (tree / "isolinux/isolinux.cfg").write_text(
+        "SERIAL 0 115200\nDEFAULT linux\nLABEL linux\nKERNEL /vmlinuz\n"
+        f"APPEND initrd=/guest.gz console=ttyS0,115200 quiet mitigations=off rodata=off xenvm.tick_ms=200 {append}\n"
+    )
+    done = run(
+        *("xorriso", "-as", "mkisofs", "-quiet", "-follow-links", "-o", str(made), "-b", "isolinux/isolinux.bin"),
+        *("-c", "isolinux/boot.cat", "-no-emul-boot", "-boot-load-size", "4", "-boot-info-table"),
+        *("-isohybrid-mbr", "/usr/lib/ISOLINUX/isohdpfx.bin", str(tree)),
+    )
+    assert done.returncode == 0, done.stderr
+    return made
+
+
+class Serial:
+    """The serial port of a guest: what it says, and lines for its shell."""
+
+    def __init__(self, guest):
+        with Monitor.connect(guest.uuid, reply_timeout_s=60) as monitor:
+            self.terminal = monitor.call("console").take_descriptor()
+        tty.setraw(self.terminal)
+        self.text = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self):
+        with contextlib.suppress(OSError):
+            while piece := os.read(self.terminal, 4096):
+                self.text += piece.decode(errors="replace")
+
+    def until(self, what, patience_s=PATIENCE_S):
+        try:
+            return until(lambda: re.search(what, self.text), f"the guest says {what}", patience_s)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it said {self.text[-1000:]}") from None
+
+    def up(self, patience_s=PATIENCE_S):
+        self.until(r"GUEST-UP[\s\S]*tick 1", patience_s)
+
+    def processor(self):
+        """What the boot sector has seen: CPUID 1 edx, 80000001 edx, 40000000 ebx, and hour and minute in BCD."""
+        found = self.until(r"GUEST-UP ([0-9a-f]{8}) ([0-9a-f]{8}) ([0-9a-f]{8}) ([0-9a-f]{8})\r\n")
+        return [int(word, 16) for word in found.groups()]
+
+    def write(self, line):
+        os.write(self.terminal, f"{line}\n".encode())
+
+    def shell(self, line, patience_s=PATIENCE_S):
+        """Run a line in a Linux guest; return what it printed."""
+        before = len(self.text)
+        self.write(f"{line}; echo END-$?-END")
+        found = until(lambda: re.search(r"END-(\d+)-END\r?\n", self.text[before:]), f"the guest ran {line}", patience_s)
+        said = self.text[before:]
+        assert found[1] == "0", said
+        text = said.partition("-END\r\n")[2] if f"{line}; echo" in said else said
+        lines = text[: text.find("END-")].replace("\r", "").split("\n")
+        return "\n".join(one for one in lines if not re.fullmatch(r"tick \d+", one)).strip()
+
+
+@pytest.fixture
+def hvm(vm):
+    def make(**settings):
+        words = {"kernel": "", "initrd": "", "cmdline": ""}
+        chosen = {"hvm": "true", "memory": MEMORY_MIB, "acpi": "true", "apic": "true", "pae": "true", "display": "none"}
+        guest = vm(**words, **{**chosen, **settings})
+        for key in ("initrd", "cmdline"):
+            guest.settings.pop(key)
+        guest.write()
+        return guest
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def no_device_model_is_left():
+    """Look after everything else has been torn down."""
+    yield
+    until(lambda: not models(), "no device model is left", 30)
+
+
+def models():
+    """The QEMUs that serve a domain: pid -> command line."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                words = (entry / "cmdline").read_bytes().decode().split("\0")
+                if words[0].endswith(QEMU) and "-xen-domid" in words:
+                    found[int(entry.name)] = words
+    return found
+
+
+def model(guest):
+    """The pid of the device model of a guest."""
+    return next(pid for pid, words in models().items() if words[words.index("-xen-domid") + 1] == str(guest.domid))
+
+
+def xen_says_of(pid):
+    """Let Xen's own program try whether the descriptors of a device model reach another domain; return its lines."""
+    (program,) = Path("/usr/lib").glob("xen-*/bin/depriv-fd-checker")
+    library, words, taken = ctypes.CDLL(None, use_errno=True), [], []
+    process = os.pidfd_open(pid)
+    try:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            kind = {"/dev/xen/privcmd": "privcmd", "/dev/xen/evtchn": "evtchn"}.get(os.readlink(entry))
+            if kind:
+                taken.append(library.syscall(PIDFD_GETFD, process, int(entry.name), 0))
+                assert taken[-1] >= 0, os.strerror(ctypes.get_errno())
+                words += [kind, str(taken[-1]), entry.name]
+        done = run(str(program), *words, pass_fds=taken)
+    finally:
+        for descriptor in (process, *taken):
+            os.close(descriptor)
+    return done.stdout.splitlines()
+
+
+def test_a_guest_boots_from_its_disk_with_a_device_model_without_privilege(hvm, disk):
+    """The emulated drive and the PV disk are one block device; QEMU holds nothing that it does not need."""
+    guest = hvm(disk=f"{disk()}:file:hda:w:disk", boot="c", nx="true")
+    guest.start()
+    serial = Serial(guest)
+    pid = model(guest)
+    status = Path(f"/proc/{pid}/status").read_text()
+    number = str(1900000000 + guest.domid)
+    assert re.search(rf"^Uid:\s+{number}\s+{number}\s+{number}\s+{number}$", status, re.MULTILINE)
+    assert re.search(rf"^Groups:\s+{number}\s*$", status, re.MULTILINE)
+    for name in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+        assert re.search(rf"^{name}:\s+0+$", status, re.MULTILINE)
+    assert re.search(r"^NoNewPrivs:\s+1$", status, re.MULTILINE)
+    assert os.readlink(f"/proc/{pid}/root") == "/var/lib/xenvm/empty"
+    audit = run("xenvm-audit", guest.uuid)
+    assert audit.returncode == 0, "\n".join(line for line in audit.stdout.splitlines() if "DIFFERS" in line)
+    assert f"devicemodel {pid}\n" in audit.stdout
+    tried = xen_says_of(pid)
+    verdicts = [line.split()[1] for line in tried]
+    assert "pass" in verdicts
+    assert set(verdicts) <= {"pass", "checking"}, tried  # each is announced, then judged: pass, fail or maybe
+    basic, extended, hypervisor, _ = serial.processor()
+    assert basic & PAE
+    assert basic & APIC
+    assert extended & NX
+    assert hypervisor == XEN
+    serial.up()
+    assert guest.cmd("get-acpi-state").stdout == "0\n"
+    guest.cmd("get-vnc", code=5)
+    guest.cmd("shutdown", "timeout=60")
+    assert guest.state == "shutdown"
+    assert models() == {}
+
+
+def test_a_device_model_that_dies_is_a_crash(hvm, disk):
+    guest = hvm(disk=f"{disk()}:file:hda:w:disk", boot="c")
+    guest.start()
+    kill(model(guest))
+    assert "crash" in guest.until("shutdown", 60)["reason"]
+    assert guest.uuid not in domains()
+
+
+@pytest.mark.long
+def test_the_policy_for_a_crash_holds_for_a_device_model_that_dies(hvm, disk):
+    guest = hvm(disk=f"{disk()}:file:hda:w:disk", boot="c", on_crash="reboot")
+    guest.start()
+    first = guest.domid
+    Serial(guest).up()
+    kill(model(guest), signal.SIGSEGV)
+    until(lambda: (now := guest.status())["state"] == "running" and now["domid"] != first, "started anew", 90)
+    Serial(guest).up()
+    guest.write(on_crash="preserve")
+    guest.cmd("read-config")
+    kill(model(guest))
+    guest.until("crashed", 60)
+    guest.cmd("destroy")
+    assert guest.state == "shutdown"
+
+
+@pytest.mark.long
+def test_a_device_model_that_dies_while_no_monitor_is_there_or_in_a_start(hvm, disk):
+    guest = hvm(disk=f"{disk()}:file:hda:w:disk", boot="c")
+    guest.start()
+    broker, pid = guest.broker(), model(guest)
+    kill(broker)
+    until(lambda: not Path(f"/proc/{broker}").exists(), "the monitor is gone", 30)
+    kill(pid)
+    until(lambda: not models(), "the device model is gone", 30)
+    guest.start()
+    assert "crash" in guest.until("shutdown", 60)["reason"]
+    starting = guest.begin_cmd("start")
+    until(models, "a device model is started", 60)
+    kill(next(iter(models())))
+    assert starting.wait(120) in (0, 1)  # QEMU may have been whole already: then the guest has crashed
+    starting.communicate()
+    guest.until("shutdown", 60)
+    assert models() == {}
+
+
+@pytest.mark.long
+def test_the_published_example_installs_a_disk_and_boots_from_it(hvm, tmp_path, image, bridge):
+    """The firmware boots a disc, Linux takes its disk and its card by PV drivers, and then boots from that disk."""
+    target = image("installed.img", 64 * MIB)
+    loop = run("losetup", "--find", "--show", "--direct-io=on", str(target)).stdout.strip()
+    try:
+        installed = f"{loop}:phy:hda:w:disk"
+        guest = hvm(
+            disk=[installed, f"{disc(tmp_path)}:file:hdd:r:cdrom"],
+            boot="dc",
+            vcpus=2,
+            memory=256,
+            nx="true",
+            nic=f"bridge={bridge}",
+        )
+        guest.start()
+        serial = Serial(guest)
+        serial.up(LOAD_S)
+        assert "nx" in serial.shell("grep -m1 flags /proc/cpuinfo").split()
+        assert serial.shell("nproc") == "2"
+        tables = serial.shell("ls /sys/firmware/acpi/tables").split()
+        assert {"APIC", "HPET"} <= set(tables)
+        assert "IO-APIC" in serial.shell("cat /proc/interrupts")
+        assert {"xvda", "sr0"} <= set(serial.shell("ls /sys/block").split())
+        serial.shell("ip link set eth0 up && ip address add 10.77.0.2/24 dev eth0 && ping -c 3 10.77.0.1")
+        serial.shell("dd if=/dev/sr0 of=/dev/xvda bs=64k && sync", 120)
+        guest.write(disk=[installed, ":file:hdd:r:cdrom"], boot="c")
+        guest.cmd("read-config")
+        first = guest.domid
+        serial.write("reboot -f")
+        until(lambda: (now := guest.status())["state"] == "running" and now["domid"] != first, "rebooted", 120)
+        serial = Serial(guest)
+        serial.up(LOAD_S)
+        assert serial.shell("nproc") == "2"
+        serial.write("poweroff -f")
+        assert "poweroff" in guest.until("shutdown", 60)["reason"]
+    finally:
+        run("losetup", "--detach", loop)
+
+
+@pytest.mark.long
+def test_what_linux_sees_of_the_keys_that_are_off(hvm, tmp_path):
+    """Neither ACPI nor APIC nor NX, a clock two hours ahead; and a panic, which reaches Xen as a reboot."""
+    guest = hvm(
+        disk=f"{disc(tmp_path)}:file:hdc:r:cdrom",
+        boot="d",
+        timeoffset=7200,
+        on_reboot="destroy",
+        **dict.fromkeys(("acpi", "apic", "nx"), "false"),
+    )
+    guest.start()
+    serial = Serial(guest)
+    serial.up(LOAD_S)
+    assert "nx" not in serial.shell("grep -m1 flags /proc/cpuinfo").split()
+    assert "absent" in serial.shell("ls -d /sys/firmware/acpi/tables/APIC || echo absent")
+    interrupts = serial.shell("cat /proc/interrupts")
+    assert "XT-PIC" in interrupts
+    assert "IO-APIC" not in interrupts
+    ahead_s = int(serial.shell("cat /sys/class/rtc/rtc0/since_epoch")) - time.time()
+    assert 7200 - 60 < ahead_s < 7200 + 60
+    serial.write("echo c >/proc/sysrq-trigger")
+    assert "reboot" in guest.until("shutdown", 60)["reason"]
+
+
+@pytest.mark.long
+def test_what_linux_sees_of_the_other_keys(hvm, tmp_path, image):
+    """No HPET, strings for the BIOS, 4 vcpus, and disks of three kinds whose letters are apart."""
+    marks = {name: image(f"{name}.img", MIB, f"this is {name}".encode()) for name in ("hda", "sdb", "xvde")}
+    guest = hvm(
+        disk=[*(f"{path}:file:{name}:w:disk" for name, path in marks.items()), f"{disc(tmp_path)}:file:hdc:r:cdrom"],
+        boot="d",
+        vcpus=4,
+        hpet="false",
+        **{"bios-string": "system-manufacturer=Somebody", "platform": "acpi_s3=0"},
+    )
+    guest.start()
+    serial = Serial(guest)
+    serial.up(LOAD_S)
+    assert serial.shell("nproc") == "4"
+    assert "HPET" not in serial.shell("ls /sys/firmware/acpi/tables").split()
+    assert serial.shell("cat /sys/class/dmi/id/sys_vendor") == "Somebody"
+    assert "mem" not in serial.shell("cat /sys/power/state").split()
+    found = {serial.shell(f"head -c 12 /dev/{name}").replace("\0", "").strip() for name in ("xvda", "xvdb", "xvde")}
+    assert found == {"this is hda", "this is sdb", "this is xvde"}
+    first = guest.domid
+    guest.cmd("restart", "timeout=60")
+    assert guest.domid != first
+
+
+@pytest.mark.long
+def test_what_a_boot_sector_sees_of_the_keys(hvm, disk):
+    """The processor as the keys have it, a serial port over TCP, and what only Xen can tell of the timers."""
+    guest = hvm(
+        disk=[f"{disk()}:file:hda:w:disk", f"{disk()}:file:sdb:w:disk"],
+        boot="c",
+        pae="false",
+        nx="false",
+        viridian="true",
+        hpet="false",
+        serial="tcp:127.0.0.1:4555",
+        **{"vpt-align": "false", "timer-mode": 2},
+    )
+    with socket.create_server(("127.0.0.1", 4555)) as listener:
+        guest.start()
+        port, _ = listener.accept()
+        with port:
+            port.settimeout(30)
+            said = b""
+            while b"tick 1" not in said:
+                piece = port.recv(4096)
+                assert piece, said
+                said += piece
+    basic, extended, hypervisor, _ = (int(word, 16) for word in said.partition(b"GUEST-UP ")[2].split()[:4])
+    assert not basic & PAE
+    assert not extended & NX
+    assert hypervisor == MICROSOFT
+    program = (
+        "import sys; from xenvm.helpers.builder.xen import Hypervisor; xen = Hypervisor();"
+        "print(*(xen.parameter(int(sys.argv[1]), int(one), one) for one in sys.argv[2:]))"
+    )
+    words = (str(guest.domid), *(str(one) for one in (TIMER_MODE, HPET_ENABLED, VPT_ALIGN)))
+    done = run("python3", "-c", program, *words)
+    assert done.stdout.split() == ["2", "0", "0"], done.stderr
+
+
+def screenshot(port):
+    """Greet a VNC server as RFC 6143 has it; return width, height, and the bytes of its screen."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as screen:
+        stream = screen.makefile("rb")
+        greeting = stream.read(12)
+        assert greeting.startswith(b"RFB 003.")
+        screen.sendall(b"RFB 003.008\n")
+        assert 1 in stream.read(stream.read(1)[0])  # security type None
+        screen.sendall(b"\x01")
+        assert stream.read(4) == bytes(4)
+        screen.sendall(b"\x01")  # shared
+        width, height, bits, *_rest, length = struct.unpack(">HHB15sI", stream.read(24))
+        stream.read(length)
+        screen.sendall(struct.pack(">BxHi", 2, 1, 0))  # raw bytes only
+        screen.sendall(struct.pack(">BBHHHH", 3, 0, 0, 0, width, height))
+        pixels = b""
+        while len(pixels) < width * height * bits // 8:
+            kind, count = struct.unpack(">BxH", stream.read(4))
+            assert kind == 0
+            for _ in range(count):
+                _x, _y, wide, high, encoding = struct.unpack(">HHHHi", stream.read(12))
+                assert encoding == 0
+                pixels += stream.read(wide * high * bits // 8)
+        return width, height, pixels
+
+
+@pytest.mark.long
+def test_a_disc_in_a_drive_the_screen_and_the_next_monitor(hvm, disk, image):
+    """Look at the firmware's screen, change the disc, and go on under another monitor."""
+    other = image("other.iso", MIB, b"another disc")
+    guest = hvm(disk=[f"{disk()}:file:hda:w:disk", ":file:hdd:r:cdrom"], boot="c", display="vnc:keymap=de")
+    guest.start()
+    port = int(guest.cmd("get-vnc").stdout)
+    words = models()[model(guest)]
+    assert words[words.index("-k") + 1] == "de"
+    serial = Serial(guest)
+    serial.up(120)
+    width, height, pixels = screenshot(port)
+    assert width >= 640
+    assert height >= 400
+    assert len(set(pixels)) > 1  # letters
+    assert guest.cmd("get-stubdomid").stdout.startswith("none")
+    broker = guest.broker()
+    kill(broker)
+    until(lambda: not Path(f"/proc/{broker}").exists(), "the monitor is gone", 30)
+    guest.start()
+    assert int(guest.cmd("get-vnc").stdout) == port
+    guest.cmd("cd-insert", "device=hdd", f"path={other}")
+    assert run("xenvm-audit", guest.uuid).returncode == 0
+    before = len(serial.text)
+    until(lambda: "tick 1" in serial.text[before:], "the guest goes on", 60)
+    guest.cmd("cd-eject", "hdd")
+    guest.cmd("cd-eject", "hda", code=5)
+
+
+@pytest.mark.long
+def test_the_ways_a_guest_ends(hvm, disk):
+    guest = hvm(disk=f"{disk(reboots=True)}:file:hda:w:disk", boot="c")
+    guest.start()
+    first = guest.domid
+    until(lambda: (now := guest.status())["domid"] not in (None, first) and now["state"] == "running", "rebooted", 240)
+    guest.cmd("trigger", "nmi")
+    guest.cmd("trigger", "reset")
+    guest.cmd("trigger", "lid", code=2)
+    assert guest.state == "running"
+    guest.cmd("shutdown", "force=true")
+    assert guest.state == "shutdown"
+
+
+@pytest.mark.long
+def test_a_device_model_that_does_not_start_leaves_nothing(hvm, disk):
+    image = disk()
+    guest = hvm(disk=f"{image}:file:hda:w:disk", boot="c")
+    guest.write(**{"extra-hvm": "no-such-option"})
+    done = guest.start(code=1)
+    assert "device model" in done.stderr
+    assert guest.left() == []
+    guest.write(**{"extra-hvm": []})
+    busy = socket.create_server(("127.0.0.1", 5955))
+    with busy:
+        guest.write(display="vnc:port=5955")
+        assert "port 5955 is in use" in guest.start(code=9).stderr
+    assert guest.left() == []
+
+
+@pytest.mark.long
+def test_destroy_at_any_point_of_a_start(hvm, disk):
+    image = disk()
+    for moment in (0.3, 0.6, 1, 1.4, 1.8, 2.3, 3, 4, 5, 7):
+        guest = hvm(disk=f"{image}:file:hda:w:disk", boot="c")
+        starting = guest.begin()
+        time.sleep(moment)
+        with contextlib.suppress(XenvmError):
+            guest.ask("destroy")
+        starting.communicate(timeout=120)
+        guest.end()
+        assert guest.left() == []
+        assert models() == {}
+
+
+@pytest.mark.long
+def test_cards_are_emulated_beside_the_pv_ones(hvm, disk, bridge):
+    """And a screen is served on the address of the bridge."""
+    guest = hvm(
+        disk=f"{disk()}:file:hda:w:disk",
+        boot="c",
+        nic=f"bridge={bridge},model=e1000",
+        display="vnc:listen=10.77.0.1",
+    )
+    guest.start()
+    with socket.create_connection(("10.77.0.1", int(guest.cmd("get-vnc").stdout)), timeout=60) as screen:
+        assert screen.recv(12).startswith(b"RFB 003.")
+    ports = {path.name for path in Path(f"/sys/class/net/{bridge}/brif").iterdir()}
+    assert ports == {f"vif{guest.domid}.0", f"vif{guest.domid}.0-emu"}
+    assert run("xenvm-audit", guest.uuid).returncode == 0
+    guest.cmd("destroy")
+    assert not list(Path(f"/sys/class/net/{bridge}/brif").iterdir())

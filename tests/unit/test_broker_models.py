@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The broker and the device model of its VM: started in time, watched, ended, and its death a crash."""
+
+import fcntl
+import os
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import broker_bench
+import pytest
+from broker_bench import RUNNING, UUID
+from children import FakeChild
+from test_devicemodel import PLAIN
+
+from xenvm.boundary.devices import DiskGrant
+from xenvm.boundary.machine import EndModel, Launch, Launched, Loaded, Model, ModelState
+from xenvm.boundary.messages import (
+    NO_DOMAIN,
+    Created,
+    Done,
+    Failed,
+    Fault,
+    Op,
+    Ready,
+)
+from xenvm.boundary.privileges import Role
+from xenvm.broker import host, models
+from xenvm.broker.servers import server_text
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    for name in ("loader", "bios"):
+        (tmp_path / name).write_bytes(b"k")
+    monkeypatch.setattr(host, "hvmloader", lambda: str(tmp_path / "loader"))
+    monkeypatch.setattr(host, "BIOS", str(tmp_path / "bios"))
+    monkeypatch.setattr(host, "LOG_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(models, "RUN_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(models, "uid_of", lambda _domid: os.getuid())
+    for made in broker_bench.bench(monkeypatch, tmp_path):
+        machine = PLAIN.but(vnc_port=-1, videoram_mib=0, nic_models=(), extra=())
+        made.broker._grants = made.broker._grants.but(machine=(machine,), kernel="")
+        made.kept = []
+        yield made
+        made.broker._models.forget()
+        for descriptor in made.kept:
+            os.close(descriptor)
+
+
+@pytest.fixture
+def qemu():
+    process = subprocess.Popen(["sleep", "600"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+GRANT = DiskGrant(
+    *(768, "hda", "/dev/vg/a", "phy"),
+    read_only=False,
+    cdrom=False,
+    share=False,
+    cipher="",
+    key_size_bits=0,
+    key_file="",
+)
+
+
+@pytest.fixture
+def image_directory():
+    """A directory on a file system with direct I/O, which /tmp may not have."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        yield Path(directory)
+
+
+def drive_of(directory, grant):
+    path, held = directory / "disk", []
+    path.write_bytes(bytes(4096))
+    device = os.open(path, os.O_RDONLY if grant.read_only else os.O_RDWR)
+    drive = models._drive(grant, device, held)
+    os.close(device)
+    assert (drive.descriptors, drive.block) == (len(held), False)
+    return held
+
+
+def worker():
+    (child,) = [child for child in FakeChild.made if child.role is Role.DEVICEMODEL and child.pidfd >= 0]
+    return child
+
+
+def tell(bench, child, message):
+    child.there.send(message)
+    bench.turn()
+
+
+def said(child):
+    message, descriptors = child.there.receive(deadline_s=5)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return message, len(descriptors)
+
+
+def begun(bench):
+    """Let a start get as far as the device model; return its worker."""
+    bench.known(NO_DOMAIN)
+    bench.ask(Op.BUILD, 3)
+    _job, images = bench.job()
+    assert images == 2
+    bench.answer(Created(8, ()))
+    return worker()
+
+
+def running(bench, qemu):
+    """Let a whole start happen; return the device model as it is known."""
+    child = begun(bench)
+    bench.answer(Loaded(8))
+    _, bench.kept = child.there.receive(deadline_s=5)  # among them what QEMU listens on
+    tell(bench, child, Launched(qemu.pid, up=False, tty=""))
+    tell(bench, child, Launched(qemu.pid, up=True, tty="/dev/pts/9"))
+    state = ModelState(server_text(qemu.pid, os.getuid()), "/dev/pts/9", 0)
+    assert said(bench.builder) == (Ready((), (state,)), 0)
+    bench.answer(Done(0, RUNNING.but(domid=8), "", (), (state,)))
+    assert bench.heard() == Model(running=True, vnc_port=0)
+    assert isinstance(bench.heard(), Done)
+    return state
+
+
+def test_it_starts_when_the_domain_is_loaded_and_not_before(bench, qemu):
+    child = begun(bench)
+    with pytest.raises(BlockingIOError):
+        child.there.receive_now()
+    bench.answer(Loaded(8))
+    launch, descriptors = said(child)
+    assert isinstance(launch, Launch)
+    assert (launch.domid, launch.name, launch.drives, launch.taps) == (8, "web", (), ())
+    assert descriptors == 3
+    assert qemu.poll() is None
+
+
+def with_a_screen(bench, **changes):
+    (machine,) = bench.broker._grants.machine
+    bench.broker._grants = bench.broker._grants.but(machine=(machine.but(vnc_port=0, videoram_mib=8, **changes),))
+    child = begun(bench)
+    bench.answer(Loaded(8))
+    return child
+
+
+def test_a_screen_is_served_where_it_was_granted(bench):
+    child = with_a_screen(bench, vnc_host="127.0.0.2")
+    _, descriptors = child.there.receive(deadline_s=5)
+    bench.kept = descriptors
+    with socket.socket(fileno=os.dup(descriptors[3])) as listener:
+        assert listener.getsockname()[0] == "127.0.0.2"
+    assert len(descriptors) == 4
+
+
+def test_a_start_to_its_end(bench, qemu, tmp_path):
+    state = running(bench, qemu)
+    assert bench.broker._models.state == state
+    assert (tmp_path / f"qmp-{UUID}").is_socket()
+    assert (tmp_path / f"qmp-{UUID}").stat().st_mode & 0o777 == 0o600
+    assert bench.acts.of("model") == [{"pid": qemu.pid, "domid": 8}]
+
+
+def test_one_that_does_not_come_up_is_ended_and_the_builder_hears_why(bench, qemu, tmp_path):
+    child = begun(bench)
+    bench.answer(Loaded(8))
+    said(child)
+    tell(bench, child, Launched(qemu.pid, up=False, tty=""))
+    tell(bench, child, Failed(0, Fault(1, "device model: no", "try"), NO_DOMAIN))
+    message, _ = said(bench.builder)
+    assert message.fault.message == "device model: no"
+    assert qemu.wait(5) == -9
+    assert not (tmp_path / f"qmp-{UUID}").exists()
+
+
+def test_a_worker_that_dies_takes_it_along(bench, qemu):
+    child = begun(bench)
+    bench.answer(Loaded(8))
+    said(child)
+    tell(bench, child, Launched(qemu.pid, up=False, tty=""))
+    child.die()
+    bench.turn()
+    message, _ = said(bench.builder)
+    assert isinstance(message, Failed)
+    assert qemu.wait(5) == -9
+
+
+def test_its_death_makes_the_guest_crash(bench, qemu):
+    running(bench, qemu)
+    qemu.kill()
+    qemu.wait()
+    bench.turn()
+    job, _ = bench.job()
+    assert (job.op, job.domid) == (Op.CRASH, 8)
+    assert bench.acts.of("ended")[-1]["role"] == "qemu"
+    bench.ask(Op.QUERY, 12)  # waits until the guest has crashed
+    assert bench.silent()
+
+
+def test_a_descriptor_that_is_used_again_is_no_death(bench, qemu, monkeypatch):
+    """A start ends processes and opens the pidfd in one turn: the numbers may be the same."""
+    monkeypatch.setattr(models, "open_server", lambda *_: os.dup2(bench.wakeup, bench.broker._work_channel))
+    child = begun(bench)
+    bench.answer(Loaded(8))
+    _, bench.kept = child.there.receive(deadline_s=5)
+    tell(bench, child, Launched(qemu.pid, up=False, tty=""))
+    tell(bench, child, Launched(qemu.pid, up=True, tty=""))
+    said(bench.builder)
+    bench.broker._work_channel = bench.builder.channel.fileno()  # in poll's answer, and closed before `follow`
+    state = ModelState(server_text(qemu.pid, os.getuid()), "", 0)
+    bench.answer(Done(0, RUNNING.but(domid=8), "", (), (state,)))
+    assert bench.broker._models.pidfd == bench.broker._work_channel
+    assert not bench.broker._models.lost
+    assert bench.broker._work is None
+
+
+def test_one_that_died_unwatched_is_found(bench, qemu):
+    running(bench, qemu)
+    bench.broker._models.follow((ModelState(f"{qemu.pid} 1", "", 0),), 8)
+    assert bench.broker._models.lost
+    bench.ask(Op.CONSOLE_LOG, 4)
+    assert bench.job()[0].op is Op.CRASH
+
+
+def test_a_builder_has_it_ended_before_the_domain_goes(bench, qemu, tmp_path):
+    state = running(bench, qemu)
+    bench.ask(Op.DESTROY, 5)
+    bench.job()
+    begin = time.monotonic()
+    bench.answer(EndModel(8, state.server))
+    assert said(bench.builder) == (Ready(()), 0)
+    assert qemu.wait(5) in (-15, -9)
+    assert time.monotonic() - begin < 5
+    assert not (tmp_path / f"qmp-{UUID}").exists()
+    bench.answer(Done(0, NO_DOMAIN, ""))
+    assert bench.broker._models.pidfd < 0
+
+
+def test_another_process_of_that_number_is_left_alone(bench, qemu):
+    running(bench, qemu)
+    bench.ask(Op.DESTROY, 5)
+    bench.job()
+    bench.answer(EndModel(8, f"{qemu.pid} 1"))
+    assert said(bench.builder) == (Ready(()), 0)
+    assert qemu.poll() is None
+
+
+@pytest.mark.parametrize(("changes", "modes"), [({}, [os.O_RDONLY, os.O_RDWR]), ({"read_only": True}, [os.O_RDONLY])])
+def test_a_disk_passes_the_page_cache_by_in_each_descriptor_that_qemu_may_pick(image_directory, changes, modes):
+    """QEMU 10 looks in the set for one that is direct, and opens it to read first."""
+    held = drive_of(image_directory, GRANT.but(**changes))
+    flags = [fcntl.fcntl(one, fcntl.F_GETFL) for one in held]
+    for one in held:
+        os.close(one)
+    assert [one & os.O_ACCMODE for one in flags] == modes
+    assert all(one & os.O_DIRECT for one in flags)
+
+
+def test_a_disc_goes_through_the_page_cache(image_directory):
+    """Its sectors need not be those of the file system."""
+    (one,) = drive_of(image_directory, GRANT.but(read_only=True, cdrom=True))
+    assert not fcntl.fcntl(one, fcntl.F_GETFL) & os.O_DIRECT
+    os.close(one)

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The machine of an HVM guest from its config to QEMU's command line."""
+
+import pytest
+
+from xenvm.boundary.machine import Drive, Launch, Machine, NicModel, Setting, Tap
+from xenvm.config.parse import parse_bytes
+from xenvm.helpers.devicemodel.argv import Descriptors, command
+from xenvm.parser.machine import UNABLE, machine
+from xenvm.parser.main import answer
+
+PLAIN = Machine(
+    pae=True,
+    acpi=True,
+    apic=True,
+    nx=True,
+    viridian=False,
+    hpet=-1,
+    vpt_align=-1,
+    timer_mode=-1,
+    timeoffset_s=0,
+    videoram_mib=8,
+    boot="dc",
+    serial="pty",
+    serial_host="",
+    serial_port=0,
+    vnc_port=0,
+    vnc_host="127.0.0.1",
+    keymap="en-us",
+    nic_models=(NicModel(0, "e1000"),),
+    platform=(),
+    bios_strings=(),
+    extra=(Setting("device", "virtio-rng-pci"), Setting("no-fd-bootchk", "")),
+)
+UUID = "11111111-2222-4333-8444-555555555555"
+LAUNCH = Launch(
+    domid=7,
+    name="web",
+    uuid=UUID,
+    vcpus=2,
+    memory_mib=256,
+    machine=PLAIN,
+    drives=(
+        Drive(768, "hda", cdrom=False, block=True, descriptors=2),
+        Drive(5632, "hdc", cdrom=True, block=False, descriptors=0),
+        Drive(5696, "hdd", cdrom=True, block=False, descriptors=1),
+        Drive(2048, "sda", cdrom=False, block=True, descriptors=1),
+    ),
+    taps=(Tap(0, "00:16:3e:aa:bb:cc", "e1000"),),
+)
+NUMBERS = Descriptors(3, -1, ((4, 5), (), (6,), (7,)), (8,))
+COMMON = """\
+/usr/libexec/xen-qemu-system-i386
+-xen-domid 7 -xen-domid-restrict -no-shutdown -S
+-chardev socket,id=qmp,fd=3,server=on,wait=off -mon chardev=qmp,mode=control
+-nodefaults -no-user-config -name web -uuid 11111111-2222-4333-8444-555555555555
+-display none -vnc none -k en-us
+-chardev pty,id=serial0 -serial chardev:serial0
+-device cirrus-vga,vgamem_mb=8
+-boot order=dc
+-usb -device usb-tablet
+-smp 2,maxcpus=2
+-netdev tap,id=net0,fd=8 -device e1000,id=nic0,netdev=net0,mac=00:16:3e:aa:bb:cc
+-machine xenfv,suppress-vmdesc=on
+-m 248
+-add-fd fd=4,set=768 -add-fd fd=5,set=768
+-drive if=ide,index=0,media=disk,format=raw,cache=none,file.driver=host_device,file.filename=/dev/fdset/768,\
+file.locking=off
+-drive if=none,id=ide-5632,media=cdrom,readonly=on
+-device ide-cd,id=ide-5632,drive=ide-5632,bus=ide.1,unit=0
+-add-fd fd=6,set=5696
+-drive if=none,id=ide-5696,media=cdrom,readonly=on,format=raw,cache=writeback,file.driver=file,\
+file.filename=/dev/fdset/5696,file.locking=off
+-device ide-cd,id=ide-5696,drive=ide-5696,bus=ide.1,unit=1
+-add-fd fd=7,set=2048
+-device lsi53c895a,id=scsi0
+-drive if=none,id=scsi-2048,format=raw,cache=none,file.driver=host_device,file.filename=/dev/fdset/2048,\
+file.locking=off,readonly=on
+-device scsi-hd,drive=scsi-2048,bus=scsi0.0,scsi-id=0
+CONFINEMENT
+-device virtio-rng-pci -no-fd-bootchk
+"""
+CONFINEMENT = {
+    7: "-chroot /var/lib/xenvm/empty -runas 1900000007:1900000007",
+    10: "-run-with chroot=/var/lib/xenvm/empty,user=1900000007:1900000007",
+}
+
+
+@pytest.mark.parametrize("major", CONFINEMENT)
+def test_the_whole_command_line(major):
+    words = COMMON.replace("CONFINEMENT", CONFINEMENT[major]).split()
+    assert command(LAUNCH, NUMBERS, 1900000007, major) == words
+
+
+def options(major, launch=LAUNCH, numbers=NUMBERS, **changes):
+    return " ".join(command(launch.but(machine=PLAIN.but(**changes)), numbers, 5, major))
+
+
+@pytest.mark.parametrize(("major", "words"), [(7, " -no-acpi "), (10, "xenfv,suppress-vmdesc=on,acpi=off ")])
+def test_without_acpi(major, words):
+    assert words in options(major, acpi=False)
+
+
+def test_without_display_there_is_no_card_and_no_tablet():
+    text = options(7, vnc_port=-1, videoram_mib=0)
+    assert "vga" not in text.lower().replace("suppress-vmdesc", "")
+    assert "usb" not in text
+    assert "-m 256 " in text
+    assert "-device VGA,vgamem_mb=64 " in options(7, videoram_mib=64)
+
+
+def test_the_serial_port_leads_elsewhere():
+    assert "serial" not in options(7, serial="none")
+    numbers = Descriptors(3, 9, NUMBERS.drives, NUMBERS.taps)
+    assert "-chardev socket,id=serial0,fd=9 -serial chardev:serial0" in options(7, numbers=numbers, serial="tcp")
+
+
+def test_no_card_is_said():
+    assert "-nic none" in options(10, LAUNCH.but(taps=()), Descriptors(3, -1, NUMBERS.drives, ()))
+
+
+GOOD = b"""\
+uuid = 11111111-2222-4333-8444-555555555555
+hvm = true
+memory = 256
+"""
+
+
+def parsed(lines=b""):
+    return answer(parse_bytes(GOOD + lines, "x.cfg"), UUID)
+
+
+def test_the_published_example_of_an_hvm_guest():
+    lines = b"""\
+vcpus = 1
+pae = true
+acpi = true
+apic = true
+nic =
+disk = /dev/vg/test:phy:hda:w:disk
+disk = /srv/cd.iso:file:hdd:r:cdrom
+boot = dc
+display = vnc:use-port-unused,keymap=de,listen=10.0.0.1
+serial = tcp:127.0.0.1:4555
+"""
+    (grants,) = parsed(lines).grants
+    (one,) = grants.machine
+    assert (one.pae, one.acpi, one.apic, one.nx) == (True, True, True, False)
+    assert (one.vnc_port, one.keymap, one.videoram_mib, one.boot) == (0, "de", 8, "dc")
+    assert one.vnc_host == "10.0.0.1"
+    assert (one.serial, one.serial_host, one.serial_port) == ("tcp", "127.0.0.1", 4555)
+    assert Machine.from_body(one.as_body()) == one
+    assert grants.kernel == ""
+
+
+def test_a_pv_guest_has_no_machine():
+    result = parse_bytes(b"kernel = /boot/k\nmemory = 64\n", "x.cfg")
+    assert answer(result, UUID).grants[0].machine == ()
+
+
+@pytest.mark.parametrize(
+    ("line", "field"),
+    [
+        (b"smbios-pt = true", "smbios_pt"),
+        (b"acpi-pt = true", "acpi_pt"),
+        (b"diskinfo-pt = true", "diskinfo_pt"),
+        (b"power-management = 1", "power_management"),
+        (b"oem-features = 1", "oem_features"),
+        (b"inject-sci = 1", "inject_sci"),
+        (b"hap = false", "hap"),
+        (b"memory-max = 512", "memory_max_mib"),
+        (b"serial = /dev/ttyS0", "serial"),
+        (b"display = sdl", "display"),
+        (b"display = intel", "display"),
+        (b"display = vnc:password-file=/etc/p", "password_file"),
+        (b"videoram = 12", "videoram_mib"),
+    ],
+)
+def test_what_an_hvm_guest_does_not_get_is_refused_with_its_line(line, field):
+    result = parsed(line + b"\n")
+    assert not result.grants
+    assert (4, f"this version of xenvm {UNABLE[field]}") in [(issue.line, issue.message) for issue in result.issues]
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (b"disk = /a:file:hda:r:disk", "always writable"),
+        (b"disk = /a:file:xvda:r:cdrom", "hda to hdd"),
+        (b"disk = /a:file:sdh:w:disk", "sda to sdg"),
+        (b"disk = /a:file:hda1:w:disk", "whole disks"),
+    ],
+)
+def test_a_disk_that_cannot_be_emulated_is_refused(line, why):
+    assert any(why in issue.message for issue in parsed(line + b"\n").issues)
+
+
+def test_power_management_that_passes_nothing_through_is_fine():
+    assert machine(parse_bytes(GOOD + b"power-management = 2\n", "x.cfg").config)
+    assert parsed(b"power-management = 2\n").grants

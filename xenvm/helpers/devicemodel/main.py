@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The devicemodel process: starts the QEMU of one domain, which inherits its confinement, and sees it come up.
+
+1. keep of root's powers those to change user and root directory, of the files those that QEMU needs to start;
+2. read one Launch, start QEMU, give up the rest;
+3. talk to QEMU until it runs, say so and exit; QEMU stays. Should it not come up, the broker ends it.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+
+from xenvm.boundary.machine import Launch, Launched
+from xenvm.boundary.messages import NO_DOMAIN, Failed, Fault
+from xenvm.boundary.privileges import QEMU_USER, Role
+from xenvm.errors import ExitCode, ProtocolError, XenvmError
+from xenvm.helpers import serve
+from xenvm.helpers.devicemodel.process import Qemu, major_version
+
+REQUEST_WAIT_S = 900.0  # it is started with the build of the domain that it serves
+
+
+def main() -> int:
+    """Run one devicemodel worker; return its exit status."""
+    channel = serve.broker_channel()
+    try:
+        first_uid = _first_uid()
+        channel.send(serve.drop(Role.DEVICEMODEL, frozenset()))
+        major = major_version()
+        received = channel.receive(deadline_s=REQUEST_WAIT_S)
+        if received is None:
+            return 0
+        message, descriptors = received
+        if not isinstance(message, Launch):
+            raise ProtocolError("a devicemodel worker launches QEMU only")
+        qemu = Qemu(message, descriptors, first_uid + message.domid, major)
+        channel.send(Launched(qemu.pid, up=False, tty=""))  # the broker ends it, should it not come up
+        os.setgroups([])
+        os.setresgid(first_uid, first_uid, first_uid)
+        os.setresuid(first_uid, first_uid, first_uid)
+        channel.send(Launched(qemu.pid, up=True, tty=qemu.take_up()))
+    except XenvmError as error:
+        channel.send(Failed(0, Fault(int(error.code), error.message[:4000], error.hint[:1000]), NO_DOMAIN))
+        return int(ExitCode.FAILED)
+    return 0
+
+
+def _first_uid() -> int:
+    try:
+        return pwd.getpwnam(QEMU_USER).pw_uid
+    except KeyError:
+        raise XenvmError(f"the user {QEMU_USER} does not exist", hint="run scripts/install-host as root") from None

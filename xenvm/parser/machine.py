@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""From the config of an HVM guest to its machine, and what of it this version cannot give. No I/O."""
+
+from __future__ import annotations
+
+from xenvm.boundary.machine import EMULATED_NICS, Machine, NicModel, Setting
+from xenvm.boundary.messages import ConfigIssue
+from xenvm.model import DisplayKind, SerialKind, disk_slot
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from typing import Final
+
+    from xenvm.config.schema import Config
+    from xenvm.model import DiskSpec
+
+DEFAULT_VIDEO_MIB: Final = 8  # of the cirrus card, which xl gives by default too
+VIDEO_MIB: Final = (8, 16, 32, 64, 128, 256, 512)
+LOOPBACK: Final = "127.0.0.1"
+SCSI_IDS: Final = 7
+EXTRA_LIMIT: Final = 64
+TEXT_LIMIT: Final = 1024
+
+
+def machine(config: Config) -> Machine:
+    """Return the machine that the config describes."""
+    display = config.display.kind is DisplayKind.VNC
+    serial = config.serial
+    return Machine(
+        pae=config.pae,
+        acpi=config.acpi,
+        apic=config.apic,
+        nx=config.nx,
+        viridian=config.viridian,
+        hpet=_choice(config.hpet),
+        vpt_align=_choice(config.vpt_align),
+        timer_mode=_choice(config.timer_mode),
+        timeoffset_s=config.timeoffset_s,
+        videoram_mib=(config.videoram_mib or DEFAULT_VIDEO_MIB) if display else 0,
+        boot=config.boot,
+        serial=serial.kind.value,
+        serial_host=serial.host or "",
+        serial_port=serial.port or 0,
+        vnc_port=(config.display.vnc_port or 0) if display else -1,
+        vnc_host=config.display.listen or LOOPBACK,
+        keymap=config.display.keymap or "",
+        nic_models=tuple(NicModel(nic.id, nic.model) for nic in config.nics if nic.model),
+        platform=tuple(Setting(one.key, one.value) for one in config.platform),
+        bios_strings=tuple(Setting(one.key, one.value) for one in config.bios_strings),
+        extra=tuple(Setting(one.key, one.value or "") for one in config.extra_hvm),
+    )
+
+
+def _choice(value: int | None) -> int:
+    return -1 if value is None else int(value)
+
+
+def refused(config: Config, lines: Mapping[str, int]) -> Iterator[ConfigIssue]:
+    """Name every key of an HVM guest that this version cannot act on."""
+    given = {
+        "smbios_pt": config.smbios_pt,
+        "acpi_pt": config.acpi_pt,
+        "diskinfo_pt": config.diskinfo_pt,
+        "power_management": config.power_management == 1,
+        "oem_features": bool(config.oem_features),
+        "inject_sci": bool(config.inject_sci),
+        "hap": not config.hap,
+        "memory_max_mib": config.memory_max_mib not in (None, config.memory_mib),
+        "serial": config.serial.kind is SerialKind.DEVICE,
+        "display": config.display.kind in (DisplayKind.SDL, DisplayKind.INTEL),
+        "password_file": config.display.password_file is not None,
+        "videoram_mib": config.videoram_mib not in (None, *VIDEO_MIB),
+        "extra_hvm": len(config.extra_hvm) > EXTRA_LIMIT,
+    }
+    for field, wrong in given.items():
+        if wrong:
+            place = "display" if field == "password_file" else field
+            yield ConfigIssue(lines.get(place, 0), "", f"this version of xenvm {UNABLE[field]}", HINTS.get(field, ""))
+    for disk in config.disks:
+        why = _disk(disk)
+        if why:
+            yield ConfigIssue(lines.get("disks", 0), "", f"disk {disk.virtpath}: {why}", "")
+    if len(config.nics) > EMULATED_NICS:
+        yield ConfigIssue(
+            lines.get("nics", 0), "", f"an HVM guest has at most {EMULATED_NICS} network cards", "nic-add adds more"
+        )
+
+
+def _disk(disk: DiskSpec) -> str:
+    slot = disk_slot(disk.device_number)
+    if disk.cdrom and not disk.virtpath.startswith("hd"):
+        return "the CD drives of an HVM guest are hda to hdd"
+    if not disk.virtpath.startswith(("hd", "sd")):
+        return ""
+    if slot is None or slot.partition:
+        return "QEMU emulates whole disks only; a partition can be an xvd disk"
+    if slot.family == "hd" and disk.read_only and not disk.cdrom:
+        return "an emulated IDE disk is always writable; use sd or xvd, or devtype cdrom"
+    if slot.family == "sd" and slot.disk >= SCSI_IDS:
+        return "the emulated SCSI bus has room for sda to sdg"
+    return ""
+
+
+UNABLE: Final = {
+    "smbios_pt": "does not pass the host's SMBIOS tables through",
+    "acpi_pt": "does not pass the host's ACPI tables through",
+    "diskinfo_pt": "does not pass the identity of the host's disks through",
+    "power_management": "does not pass power management through: that needed a patched device model",
+    "oem_features": "does not pass the vendor's features through: that needed a patched device model",
+    "inject_sci": "does not inject lid and button events: that needed a patched device model",
+    "hap": "starts HVM guests with hardware assisted paging only",
+    "memory_max_mib": "gives an HVM guest all of its memory at once",
+    "serial": "leads the serial port of an HVM guest to pty, none or tcp:IP:PORT",
+    "display": "shows the screen of an HVM guest over vnc: this host's QEMU has no sdl, and intel needs pass-through",
+    "password_file": "asks for no password on VNC: Debian's QEMU for Xen is built without the DES cipher that it takes",
+    "videoram_mib": f"has graphics cards with {', '.join(map(str, VIDEO_MIB))} MiB",
+    "extra_hvm": f"passes at most {EXTRA_LIMIT} extra arguments on",
+}
+HINTS: Final = {
+    "inject_sci": "the command trigger presses the buttons",
+    "memory_max_mib": "leave memory-max out, or give it the value of memory",
+    "display": "write `display = vnc` or `display = none`",
+    "password_file": "leave it out; on 127.0.0.1, a tunnel (`ssh -L`) shows the screen to those who may log in",
+}

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a supervisor says of its VM: to clients, and to whoever started the monitor."""
+
+from __future__ import annotations
+
+import time
+
+from xenvm.boundary.messages import Fault
+from xenvm.errors import ExitCode, UsageError, WrongStateError
+from xenvm.supervisor.states import ENDED, State
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from xenvm.boundary.messages import Init
+    from xenvm.supervisor.machine import Vm
+    from xenvm.supervisor.pending import Operation
+
+
+def status(init: Init, vm: Vm, busy: Operation | None, step: dict[str, object]) -> dict[str, object]:
+    """Return what `status` tells."""
+    return {
+        "uuid": init.uuid,
+        "name": init.name,
+        "state": vm.state,
+        "running": vm.state not in ENDED,
+        "domid": vm.domid if vm.domid > 0 else None,
+        "memory_mib": init.memory_mib,
+        "vcpus": init.vcpus,
+        "monitor_pid": init.monitor_pid,
+        "config_file": init.config_file,
+        "reason": vm.reason,
+        "busy": {"command": busy.name, "for_s": round(time.monotonic() - busy.since_s, 1)} if busy else None,
+        "step": step.get("step", ""),
+        "progress": step,
+    }
+
+
+def field(init: Init, name: str) -> str:
+    """Return a field of the config; raise UsageError for an unknown one."""
+    value = init.fields.get(name)
+    if value is None:
+        raise UsageError(f"get: no field {name[:64]!a}", hint=f"one of {', '.join(sorted(init.fields))}")
+    return value
+
+
+def ignored(operation: Operation, now_s: float) -> Fault:
+    """Return the fault of a command that the guest has ignored."""
+    verb = "shut down" if operation.name == "shutdown" else "restart"
+    return Fault(
+        int(ExitCode.TIMED_OUT),
+        f"{operation.name}: the guest did not {verb} within {now_s - operation.since_s:.0f} s and runs on",
+        f"a guest without a shutdown daemon ignores the request; {operation.name} force=true does not ask",
+    )
+
+
+def outcome(init: Init, vm: Vm, fault: Fault | None) -> tuple[str, int]:
+    """Return text and exit status for whoever started the monitor."""
+    if fault:
+        return fault.message + (f"\nhint: {fault.hint}" if fault.hint else ""), fault.code
+    if vm.state is State.SHUTDOWN and init.policy.startup != "shutdown":
+        return f"the guest did not stay up: {vm.reason}", int(ExitCode.FAILED)
+    return "", 0
+
+
+def event(init: Init, vm: Vm, kind: str, details: dict[str, object]) -> dict[str, object]:
+    """Return what those hear who listen for events."""
+    return {
+        "time": round(time.time(), 3),
+        "uuid": init.uuid,
+        "event": kind,
+        "state": vm.state,
+        "domid": vm.domid if vm.domid > 0 else None,
+        **details,
+    }
+
+
+def other_file(init: Init) -> UsageError:
+    """Return the error of who wants another config file read."""
+    return UsageError(
+        "read-config: only the file this monitor was started with is read again",
+        hint=f"that is {init.config_file}; for another one: quit, then xenvm FILE",
+    )
+
+
+def vnc_port(init: Init, vm: Vm, port: int) -> str:
+    """Return the port of the guest's screen; raise WrongStateError for a guest without one."""
+    if not is_hvm(init):
+        raise WrongStateError("get-vnc: a PV guest has no display")
+    if vm.state in ENDED:
+        raise WrongStateError(f"get-vnc: the VM is {vm.state}")
+    if not port:
+        raise WrongStateError("get-vnc: the guest has no display", hint="the key `display = vnc` gives it one")
+    return str(port)
+
+
+def is_hvm(init: Init) -> bool:
+    """Tell whether the config is that of an HVM guest."""
+    return init.fields.get("hvm") == "true"
