@@ -32,7 +32,7 @@ CAP_SYS_ADMIN = 21  # linux/capability.h
 
 
 @pytest.fixture(scope="module", autouse=True)
-def host():
+def tools():
     """What the workers stand on."""
     for program, package in (("qemu-img", "qemu-utils"), ("cryptsetup", "cryptsetup-bin"), ("dmsetup", "dmsetup")):
         if run("sh", "-c", f"command -v {program}").returncode:
