@@ -224,7 +224,7 @@ def test_the_start_of_a_monitor_restores(host, vm, folder):
     guest.end()
     failed = guest.start(code=1).stderr
     assert str(file) in failed
-    assert guest.left() == []
+    until(lambda: guest.left() == [], "nothing is left")
 
 
 def test_two_saves_at_once_and_cancel(vm, folder):
