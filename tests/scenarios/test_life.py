@@ -313,6 +313,7 @@ def test_events_and_wait(host, vm):
     assert (host.logs / f"{guest.uuid}.log").read_text().count("state=") >= 4
 
 
+@pytest.mark.long
 def test_files_beside_an_image_stay(host, vm):
     """Whatever their names say: a disk is what the config names, and nothing else there is ours."""
     directory = host.directory()

@@ -12,6 +12,7 @@ from saving import acts, builder, goes_on, held, only, runs_on, suspend
 MIB = 1 << 20
 
 
+@pytest.mark.long
 def test_suspend_and_restore(host, vm, folder):
     """With a disk and a card; the file is whole and private, and the guest goes on where it was."""
     file, disk = folder / "guest.img", host.directory() / "disk.img"
@@ -127,6 +128,7 @@ def test_kill_9_at_some_moment_of_a_suspend(host, vm, folder, victim, delay_s):
     runs_on(guest, 8)
 
 
+@pytest.mark.long
 def test_a_monitor_that_is_ended_lets_a_suspended_guest_run(host, vm, folder):
     """SIGTERM while the image is written, and when it is whole but has no name yet; then who adopts the guest."""
     file = folder / "guest.img"
@@ -154,6 +156,7 @@ def test_a_monitor_that_is_ended_lets_a_suspended_guest_run(host, vm, folder):
         guest.until("running")
 
 
+@pytest.mark.long
 def test_the_config_changes_before_a_suspend(vm, folder):
     """The image tells of the guest that is in it, and comes back once the config is that one again."""
     file = folder / "guest.img"
@@ -173,6 +176,7 @@ def test_the_config_changes_before_a_suspend(vm, folder):
     runs_on(guest, 3)
 
 
+@pytest.mark.long
 def test_the_image_of_another_vm(vm, folder):
     file = folder / "guest.img"
     one, other = vm(), vm()

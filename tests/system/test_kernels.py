@@ -50,7 +50,7 @@ def test_a_compressed_kernel_is_unpacked_once(vm, cache):
     assert [one.name for one in cache.iterdir()] == [entry.name]
 
 
-@pytest.mark.parametrize("harm", ["missing", "another's"])
+@pytest.mark.parametrize("harm", ["missing", pytest.param("another's", marks=pytest.mark.long)])
 def test_without_the_cache_it_starts_too(vm, cache, harm):
     try:
         if harm == "missing":
