@@ -386,7 +386,10 @@ class Vm:
         return [int(number) for number in re.findall(r"^tick (\d+)\r?$", text, re.MULTILINE)]
 
     def up(self, boots=1):
-        until(lambda: self.boots() >= boots and self.ticks(), "guest userspace up and ticking")
+        try:
+            until(lambda: self.boots() >= boots and self.ticks(), "guest userspace up and ticking")
+        except AssertionError as error:
+            raise AssertionError(f"{error}; {self.status()}; its console ends: {self.console()[-2000:]}") from None
 
     def shell(self, line, patience_s=PATIENCE_S, code=0):
         """Run a line in the guest, through its console; return what it printed. A simulated guest has no shell."""
