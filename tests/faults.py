@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar
@@ -68,7 +69,7 @@ def hurried(directory):
     return root
 
 
-class Operation:
+class Operation(ABC):
     """One operation, on a VM of its own. `alive` is whether the guest that was there must live through any fault."""
 
     name = ""
@@ -94,12 +95,12 @@ class Operation:
         self.vm.start()
         self.vm.up()
 
-    def again(self):
+    def again(self):  # noqa: B027 - not all have such a step
         """The same for a guest that is there already."""
 
+    @abstractmethod
     def begin(self):
         """Begin the operation; return the process of the client."""
-        raise NotImplementedError
 
     def mend(self, state, code):
         """Bring a VM in a lasting state back to a running guest, by what an administrator would do."""
@@ -109,7 +110,7 @@ class Operation:
         assert not self.alive, f"the guest was lost: {self.vm.status()}"
         self.vm.ask("start")
 
-    def checks(self, certain):
+    def checks(self, certain):  # noqa: B027 - not all have such a step
         """What else must be so in the end; `certain` is whether the client could learn what has become of the guest."""
 
 
@@ -323,7 +324,7 @@ def limit(host, pid, how):
     return lambda: put(soft)
 
 
-class Case:
+class Case(ABC):
     """One run: an operation, a point of it, a victim, and what happens to it."""
 
     def __init__(self, host, name, point, victim, how, operation=None):
@@ -375,9 +376,9 @@ class Case:
 
     # To the point
 
+    @abstractmethod
     def reach(self):
         """Begin the operation and let it come to its point; None when the victim has no part in it there."""
-        raise NotImplementedError
 
     def strike(self):
         """Do to the victim what is to be done; return what undoes it when the operation has ended."""
@@ -407,10 +408,11 @@ class Case:
         os.kill(pid, signal.SIGCONT)
         return []
 
+    @abstractmethod
     def strike_store(self):
-        raise NotImplementedError
+        """Do to xenstored what is to be done; return what undoes it."""
 
-    def go_on(self):
+    def go_on(self):  # noqa: B027 - not all have such a step
         """Let what is held go on."""
 
     def pid(self):
@@ -547,6 +549,9 @@ class Sampled(Case):
     """On Xen: the point is a part of the time that the operation takes."""
 
     lengths: ClassVar = {}
+
+    def strike_store(self):
+        raise AssertionError("a real xenstored cannot be started again: it is a victim on a simulated host only")
 
     def reach(self):
         client = self.operation.begin()

@@ -155,16 +155,17 @@ class Hypervisor(ABC):
     def find(self, uuid: str) -> list[Domain]:
         """Return the domains whose handle is `uuid`; more than one only after a foreign tool made a double."""
 
-    # What HVM guests need besides; a host that has none refuses the first of it.
+    # What HVM guests need besides.
 
+    @abstractmethod
     def create_hvm(self, uuid: str, vcpus: int) -> int:
         """Create an empty, paused HVM domain whose handle is `uuid`; return its domid."""
-        raise HypervisorError(f"this host runs no HVM guests ({vcpus} vcpus for {uuid})")
 
+    @abstractmethod
     def prepare_hvm(self, domid: int, vcpus: int, machine: Machine, *, memory_kib: int, memory_mib: int) -> None:
         """Give a fresh domain its vcpus, memory limit, the pool for its page tables, timers and clock."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load_hvm(
         self,
         domid: int,
@@ -177,20 +178,19 @@ class Hypervisor(ABC):
         channels: Channels,
     ) -> Rings:
         """Build the guest in `domid` from the descriptors of firmware loader and BIOS."""
-        raise NotImplementedError
 
+    @abstractmethod
     def crash(self, domid: int) -> None:
         """Stop the domain as one that has crashed; the domain object stays."""
-        raise NotImplementedError
 
+    @abstractmethod
     def press(self, domid: int, trigger: str) -> None:
         """Press the `power` button, or send the first vcpu an `nmi`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def has_drivers(self, domid: int) -> bool:
         """Tell whether an HVM guest has PV drivers, which hear requests."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sleep_state(self, domid: int) -> int:
         """Return the ACPI sleep state of an HVM guest, 0 for awake."""
-        raise NotImplementedError

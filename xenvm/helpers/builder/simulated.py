@@ -18,7 +18,7 @@ from xenvm.simulator.client import Machine, MachineError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, NoReturn
 
     from xenvm.boundary.messages import Grants
     from xenvm.helpers.builder.hypervisor import Frames
@@ -153,6 +153,12 @@ class Hypervisor(hypervisor.Hypervisor):
     def find(self, uuid: str) -> list[Domain]:
         """Return the domains whose handle is `uuid`."""
         return [_domain(told) for told in self._call("find", uuid=uuid)]
+
+    def _no_hvm(self, *_: object, **__: object) -> NoReturn:
+        """Refuse: there is no firmware to run, and no device model to talk to."""
+        raise HypervisorError("a simulated host runs no HVM guests")
+
+    create_hvm = prepare_hvm = load_hvm = crash = press = has_drivers = sleep_state = _no_hvm
 
 
 def _domain(told: Told) -> Domain:
