@@ -35,7 +35,7 @@ INITRD = "/lab/guest.gz"
 QUIET = "console=hvc0 mitigations=off rodata=off"
 CONSOLE_LOGS = Path("/var/log/xen/console")
 PATCHED = ("RIP: e030:text_poke_early", "Kernel panic - not syncing: Attempted to kill the idle task!")
-PATIENCE_S = 180.0 if os.environ.get("XENVM_TEST_HOST") == "xen" else 30.0
+PATIENCE_S = 120.0 if os.environ.get("XENVM_TEST_HOST") == "xen" else 30.0
 NOBODY = 65534
 MIB = 1 << 20
 BUILD = ["info", "create", "prepare", "channel", "load", "unpause", "destroy"]  # calls of the simulated machine

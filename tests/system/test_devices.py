@@ -205,7 +205,7 @@ def test_a_disc_is_changed(vm, image):
 def test_hot_add_and_remove_leave_nothing(vm, image, bridge):
     """A disk and a card come and go under a guest that reads another disk all the time; all counts stay the same.
 
-    XENVM_TEST_TURNS says how often, twice by default.
+    XENVM_TEST_TURNS says how often, three times by default.
     """
     first = image("first.img", content=PATTERN)
     guest = quiet(vm, disk=f"{image('busy.img')}:file:xvda:r:disk")
@@ -213,7 +213,7 @@ def test_hot_add_and_remove_leave_nothing(vm, image, bridge):
     guest.up()
     guest.shell("(while dd if=/dev/xvda of=/dev/null bs=64k iflag=direct 2>/dev/null; do true; done) & true")
     before, counts = devices(), held(guest)
-    for turn in range(int(os.environ.get("XENVM_TEST_TURNS", "2"))):
+    for turn in range(int(os.environ.get("XENVM_TEST_TURNS", "3"))):
         guest.cmd("disk-add", f"{first}:file:xvdc:w:disk")
         guest.cmd("nic-add")
         assert [row["backend"] for row in rows(guest)] == ["connected"] * 2, turn
