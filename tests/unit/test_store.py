@@ -415,3 +415,30 @@ def test_connecting_takes_the_first_socket_there_is(monkeypatch, tmp_path):
         connection = connecting.connect()
         assert connection.getpeername() == f"{tmp_path}/here"
         connection.close()
+
+
+@pytest.mark.parametrize("cut", [3, HEADER.size, HEADER.size + 2])
+def test_an_answer_that_comes_too_late_is_passed_over(cut):
+    """And one of which a part had come already; what follows is in step."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        store = Store(ours)
+        store._router._deadline_s = 0.2
+
+        def answer(text):
+            _kind, number, transaction, size = HEADER.unpack(theirs.recv(HEADER.size))
+            theirs.recv(size)
+            return HEADER.pack(READ, number, transaction, len(text)) + text
+
+        with pytest.raises(TimeoutExpiredError):
+            store.read("/a")
+        late = answer(b"first")
+        theirs.sendall(late[:cut])
+        with pytest.raises(TimeoutExpiredError):
+            store.read("/b")
+        theirs.sendall(late[cut:] + answer(b"second"))
+        answering = threading.Thread(target=lambda: theirs.sendall(answer(b"third")))
+        answering.start()
+        assert store.read("/c") == b"third"
+        answering.join(10)
+        assert store._router._given_up == set()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 USAGE = "xenvm-cmd [--json] [--reply-timeout S] UUID|NAME|PREFIX COMMAND [key=value ...] | -"
 BATCH = "-"
-ASK_S = 2.0
+ASK_S = 10.0
 """How long `list`, and a search by name, wait for the monitors."""
 ASK_AT_ONCE = 200
 SAFE_PREFIX = 8

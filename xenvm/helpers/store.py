@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing import Any, Final
 
 PAYLOAD_LIMIT_BYTES: Final = 4096  # XENSTORE_PAYLOAD_MAX, xen/io/xs_wire.h
+ANSWER_WAIT_S: Final = 40.0  # xenstored shares dom0's processor with helpers that start, and that with booting guests
 TRANSACTION_TRIES: Final = 32
 DIRECTORY_PART: Final = 22  # XS_DIRECTORY_PART, xen/io/xs_wire.h: a list that does not fit into one answer
 LIST_LIMIT_BYTES: Final = 1 << 20
@@ -43,13 +44,18 @@ class _Answer:
 
 
 class Router:
-    """Carries pyxs packets over one socket, without a thread, each answer within `deadline_s` seconds."""
+    """Carries pyxs packets over one socket, without a thread, each answer within `deadline_s` seconds.
+
+    An answer that comes later is passed over when it does: whoever gives up tidies up over the same connection.
+    """
 
     is_connected = True
 
-    def __init__(self, connection: socket.socket, deadline_s: float = 10.0) -> None:
+    def __init__(self, connection: socket.socket, deadline_s: float = ANSWER_WAIT_S) -> None:
         self._socket = connection
         self._deadline_s = deadline_s
+        self._got = bytearray()  # of the answer that arrives
+        self._given_up: set[int] = set()
 
     def start(self) -> None:
         """Do nothing: the socket is connected already."""
@@ -92,31 +98,40 @@ class Router:
         """Return kind, transaction and payload of the answer to the request `wanted`."""
         end = time.monotonic() + self._deadline_s
         layout = Packet._struct  # noqa: SLF001
-        op, request, transaction, size = layout.unpack(self._read(layout.size, end))
-        if size > PAYLOAD_LIMIT_BYTES:
-            raise StoreError(f"xenstored claims {size} bytes, the protocol allows {PAYLOAD_LIMIT_BYTES}")
-        payload = self._read(size, end)
-        if request != wanted:
-            raise StoreError("xenstored answered another request")
-        return op, transaction, payload
+        try:
+            while True:
+                self._read(layout.size, end)
+                op, request, transaction, size = layout.unpack_from(self._got)
+                if size > PAYLOAD_LIMIT_BYTES:
+                    raise StoreError(f"xenstored claims {size} bytes, the protocol allows {PAYLOAD_LIMIT_BYTES}")
+                self._read(layout.size + size, end)
+                payload = bytes(self._got[layout.size :])
+                self._got.clear()
+                if request == wanted:
+                    return op, transaction, payload
+                if request not in self._given_up:
+                    raise StoreError("xenstored answered another request")
+                self._given_up.discard(request)
+        except TimeoutExpiredError:
+            self._given_up.add(wanted)
+            raise
 
-    def _read(self, size: int, end: float) -> bytes:
-        got = bytearray()
-        while len(got) < size:
+    def _read(self, size: int, end: float) -> None:
+        """Have so many bytes of the answer, and not one more."""
+        while len(self._got) < size:
             left_s = end - time.monotonic()
             if left_s <= 0:
                 raise TimeoutExpiredError(f"xenstored did not answer within {self._deadline_s:g} s")
             self._socket.settimeout(left_s)
             try:
-                piece = self._socket.recv(size - len(got))
+                piece = self._socket.recv(size - len(self._got))
             except TimeoutError:
                 continue
             except OSError as error:
                 raise StoreError(f"xenstored is gone: {error}") from error
             if not piece:
                 raise StoreError("xenstored closed the connection")
-            got += piece
-        return bytes(got)
+            self._got += piece
 
 
 class Store:
