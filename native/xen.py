@@ -181,7 +181,16 @@ ffibuilder.cdef(
     xen_pfn_t xc_dom_p2m(struct xc_dom_image *dom, xen_pfn_t pfn);
 
     typedef enum { XC_STREAM_PLAIN, ... } xc_stream_type_t;
-    struct save_callbacks { int (*suspend)(void *data); void *data; ...; };
+    struct save_callbacks {
+        int (*suspend)(void *data);
+        int (*switch_qemu_logdirty)(uint32_t domid, unsigned int enable, void *data);
+        void *data;
+        ...;
+    };
+    #define XCFLAGS_LIVE ...
+    #define XGS_POLICY_ABORT ...
+    #define XGS_POLICY_CONTINUE_PRECOPY ...
+    #define XGS_POLICY_STOP_AND_COPY ...
     struct restore_callbacks { void *data; ...; };
     int xc_domain_save(xc_interface *xch, int io_fd, uint32_t dom, uint32_t flags, struct save_callbacks *callbacks,
                        xc_stream_type_t stream_type, int recv_fd);
@@ -191,7 +200,11 @@ ffibuilder.cdef(
                           struct restore_callbacks *callbacks, int send_back_fd);
     extern "Python" int xenvm_suspend(void *data);
     extern "Python" void xenvm_frames(unsigned long done, unsigned long total);
+    extern "Python" int xenvm_track(uint32_t domid, unsigned int enable, void *data);
+    extern "Python" int xenvm_round(unsigned int round, unsigned long written, long dirty);
     void xenvm_tell_frames(void (*hook)(unsigned long done, unsigned long total));
+    void xenvm_ask_rounds(struct save_callbacks *callbacks, int (*hook)(unsigned int, unsigned long, long));
+    void xenvm_stop_tracking(xc_interface *xch, uint32_t domid);
     int xenvm_punch(int fd, long long offset, long long length);
     int xenvm_hvm_memory_map(xc_interface *xch, uint32_t domid, struct xc_dom_image *dom);
     int xenvm_hvm_info(xc_interface *xch, uint32_t domid, unsigned int vcpus, bool apic);
@@ -257,6 +270,27 @@ ffibuilder.set_source(
     static const char *xenvm_last_error(void) { return last_error; }
     static void xenvm_clear_error(void) { last_error[0] = 0; }
     static void xenvm_tell_frames(void (*hook)(unsigned long, unsigned long)) { frames_hook = hook; }
+
+    /* What is asked before each round over the memory of a guest that still runs; its argument comes by value. */
+    static int (*round_hook)(unsigned int, unsigned long, long);
+
+    static int precopy(struct precopy_stats stats, void *data)
+    {
+        (void)data;
+        return round_hook(stats.iteration, stats.total_written, stats.dirty_count);
+    }
+
+    static void xenvm_ask_rounds(struct save_callbacks *callbacks, int (*hook)(unsigned int, unsigned long, long))
+    {
+        round_hook = hook;
+        callbacks->precopy_policy = precopy;
+    }
+
+    /* Whether it was on or not: what a builder that has died had switched on. */
+    static void xenvm_stop_tracking(xc_interface *xch, uint32_t domid)
+    {
+        (void)xc_logdirty_control(xch, domid, XEN_DOMCTL_SHADOW_OP_OFF, NULL, 0, 0, NULL);
+    }
 
     /* Make a hole in a file; 0, or a negated errno. */
     static int xenvm_punch(int fd, long long offset, long long length)

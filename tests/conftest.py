@@ -10,7 +10,7 @@ import pytest
 
 USERS = (
     *("xenvm", "xenvm-watch", "xenvm-build", "xenvm-parse"),
-    *("xenvm-hotplug", "xenvm-network", "xenvm-image", "xenvm-unpack", "xenvm-stream"),
+    *("xenvm-hotplug", "xenvm-network", "xenvm-image", "xenvm-unpack", "xenvm-stream", "xenvm-qmp"),
 )
 READ_GROUP = "xenvm-read"
 LOG_DIRECTORY = "/var/log/xenvm"

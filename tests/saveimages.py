@@ -67,3 +67,35 @@ def image(stream=None, *, told=None, text=None, flags=3, order=0x01020304, libxl
         whole = whole.replace(b'"bytes":"0000000000000000"', b'"bytes":"%016x"' % len(whole))
         whole = whole.replace(b'"crc32":"00000000"', b'"crc32":"%08x"' % zlib.crc32(streams))
     return whole
+
+
+def hvm_parts(**changes):
+    """Return the records of a good stream of an HVM guest."""
+    made = {
+        "cpuid": record(0x11, bytes(24 * 3)),
+        "msr": record(0x12, bytes(16)),
+        "static": record(0x10),
+        "pages": pages([0, 1, 2 | XENTYPE_XTAB << 60, 0xFEFFC], [PAGE, bytes(4096), PAGE[::-1]]),
+        "more": pages([7], [PAGE]),
+        "tsc": record(8, bytes(24)),
+        "params": record(0xA, struct.pack("<II", 2, 0) + struct.pack("<QQQQ", 1, 0xFEFFC, 17, 0xFEFFF)),
+        "context": record(9, bytes(range(200))),
+        "end": record(0),
+    }
+    return made | changes
+
+
+def emulator(state=b"QEVM state of a device model", *, which=(2, 0)):
+    return record(3, struct.pack("<II", *which) + state)
+
+
+def hvm_config():
+    made = config()
+    made["c_info"]["type"] = "hvm"
+    return made
+
+
+def hvm_image(stream=None, *, after=None, **options):
+    """Return a whole image of an HVM guest; `after` is what follows the stream."""
+    stream = libxc(hvm_parts(), kind=2) if stream is None else stream
+    return image(stream, told=hvm_config(), tail=emulator() + record(0) if after is None else after, **options)

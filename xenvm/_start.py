@@ -50,6 +50,8 @@ def _main() -> int:
         from xenvm.helpers.stream.main import main  # noqa: PLC0415
     elif role == "devicemodel":
         from xenvm.helpers.devicemodel.main import main  # noqa: PLC0415
+    elif role == "qmp":
+        from xenvm.helpers.qmp.main import main  # noqa: PLC0415
     elif role == "parser":
         from xenvm.parser.main import main  # noqa: PLC0415
     else:

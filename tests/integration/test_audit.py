@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -49,6 +50,7 @@ IDS = {
     "xenvm-image": (64029, 64030),
     "xenvm-unpack": (64031, 64032),
     "xenvm-stream": (64033, 64034),
+    "xenvm-qmp": (64035, 64036),
 }
 LANDLOCK = {"Landlock"} if lib.xenvm_landlock_abi() else set()
 
@@ -250,11 +252,12 @@ def test_the_log_may_be_elsewhere(monitor):
 
 
 def test_a_process_may_take_its_time_to_confine_itself(monitor, monkeypatch):
-    late = "if sys.argv[2] == '-':\n    time.sleep(1)"
+    late = "while sys.argv[2] == '-' and not os.path.exists(here + '/go'):\n    time.sleep(0.05)"
     code = "child(Role.BUILDER, '-'); late = children.pop()\nthreading.Thread(target=lambda: hear(late)).start()"
     with monitor.running(before={Role.BUILDER: late}, after={Role.BROKER: code}):
         assert {"uid", "proof"} <= monitor.differences()[Role.BUILDER]
         monkeypatch.setattr(audit_module, "STARTING_S", float(WAIT_S))
+        threading.Timer(0.5, Path(monitor.directory, "go").touch).start()
         found = audit(monitor.host, UUID)  # the thread ends, too
     assert len(found) == len(ROLES) + 1
     assert sum(one.differences for one in found) == 0

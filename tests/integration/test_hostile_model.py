@@ -32,7 +32,7 @@ MACHINE = Machine(
     serial_host="",
     keymap="",
 )
-LAUNCH = Launch(7, "web", UUID, 1, 64, MACHINE, (), ())
+LAUNCH = Launch(7, "web", UUID, 1, 64, MACHINE, (), (), incoming=False)
 DOUBLE = """\
 #!{python} -ISB
 import os, signal, socket, sys, time
@@ -87,7 +87,7 @@ def start(tmp_path, monkeypatch):
         listener.listen(1)
         client.connect(listener.getsockname())
         log = os.open(tmp_path / "log", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        made.append(process.Qemu(LAUNCH, [log, listener.detach(), client.detach()], os.getuid(), 7))
+        made.append(process.Qemu(LAUNCH, [log, listener.detach(), os.dup(log), client.detach()], os.getuid(), 7))
         return made[-1]
 
     yield begin

@@ -6,8 +6,8 @@ import os
 import pytest
 from supervisor_bench import FAULT, PAUSED, POLICY, RUNNING, Monitor, ended
 
-from xenvm.boundary.images import Restore, Save
-from xenvm.boundary.messages import Op, Progress
+from xenvm.boundary.images import Progress, Restore, Save
+from xenvm.boundary.messages import Op
 from xenvm.errors import ExitCode
 
 SUSPENDED = ended(2)
@@ -46,7 +46,7 @@ def saved(monitor, file):
     """A suspend whose image is whole."""
     monitor.running()
     client, request = suspend(monitor, file)
-    monitor.done(request, SUSPENDED, "4096")
+    monitor.done(request, SUSPENDED, "image_bytes=4096")
     assert client.reply()["result"]["data"] == {"image_bytes": 4096}
     assert monitor.state()["state"] == "suspending"
     assert monitor.nothing_asked()
@@ -92,7 +92,7 @@ def test_who_waits_for_an_image_hears_every_ten_seconds_that_it_is_worked_on(mon
     while steps.count("finishing the image") < 2:
         event = watcher.message()["params"]
         steps += [event["step"]] if event["event"] == "progress" else []
-    monitor.done(request, SUSPENDED, "4096")
+    monitor.done(request, SUSPENDED, "image_bytes=4096")
     client.reply()
 
 
@@ -215,7 +215,7 @@ def test_an_image_in_a_directory_that_is_open_to_clients_is_asked_for_by_name(mo
     client.send("checkpoint", file="/srv/images/a.img")
     request, descriptors = monitor.asked_change(Save)
     assert (request.directory, request.file, request.go_on, descriptors) == (1, "a.img", True, [])
-    monitor.done(request, RUNNING, "4096 zstd")
+    monitor.done(request, RUNNING, "image_bytes=4096 image_compression=zstd")
     data = client.reply()["result"]["data"]
     assert (data["image_bytes"], data["image_compression"]) == (4096, "zstd")
     client.send("destroy")
@@ -240,7 +240,7 @@ def test_checkpoint(monitor, file):
     client.hand([file], "checkpoint", file="/there")
     request = asked(monitor, Save, file)
     assert request.go_on
-    monitor.done(request, RUNNING, "8192")
+    monitor.done(request, RUNNING, "image_bytes=8192")
     data = client.reply()["result"]["data"]
     assert (data["state"], data["image_bytes"]) == ("running", 8192)
 

@@ -13,7 +13,8 @@ import time
 import pytest
 from supervisor_bench import FAULT, PAUSED, POLICY, RUNNING, UUID, WAIT_S, Monitor, ended
 
-from xenvm.boundary.messages import NO_DOMAIN, Fault, Hello, Op, Progress
+from xenvm.boundary.images import Progress
+from xenvm.boundary.messages import NO_DOMAIN, Fault, Hello, Op
 from xenvm.errors import ExitCode
 
 

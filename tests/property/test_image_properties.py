@@ -3,12 +3,12 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from saveimages import image
+from saveimages import emulator, hvm_image, image
 
 from xenvm.helpers.stream import records
 from xenvm.helpers.stream.records import ImageError
 
-PLAIN, SEALED = image(), image(sealed=True)
+PLAIN, SEALED, HVM = image(), image(sealed=True), hvm_image(sealed=True)
 HEAD = PLAIN.index(b"LibxlFmt")
 
 
@@ -19,12 +19,14 @@ def reader(content):
 def walk(content):
     """Return what an image is said to be and the pieces of its stream; ImageError for what is refused."""
     read = reader(content)
-    facts = records.facts(read, len(content))
-    guest = records.Guest(facts.memory_max_kib, facts.vcpus)
-    fed = b""
+    hvm = b'"type": "hvm"' in content[:200]
+    facts = records.facts(read, len(content), hvm=hvm)
+    guest = records.Guest(facts.memory_max_kib, facts.vcpus, hvm=hvm)
+    fed, state = b"", bytearray()
     for piece in records.pieces(read, facts.stream_at, guest):
         fed += piece if isinstance(piece, bytes) else content[piece[0] : piece[0] + piece[1]]
-    return facts, guest, fed
+    records.rest(read, guest, state.extend)
+    return facts, guest, fed + (emulator(bytes(state)) if hvm else b"")
 
 
 def refused_or_whole(content):
@@ -42,10 +44,11 @@ def refused_or_whole(content):
 def test_the_images_that_are_varied_are_good():
     assert refused_or_whole(PLAIN)
     assert refused_or_whole(SEALED)
+    assert refused_or_whole(HVM)
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.sampled_from([PLAIN, SEALED]), st.data())
+@given(st.sampled_from([PLAIN, SEALED, HVM]), st.data())
 def test_bytes_changed(content, data):
     changed = bytearray(content)
     for _ in range(data.draw(st.integers(1, 4))):
@@ -54,19 +57,19 @@ def test_bytes_changed(content, data):
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.sampled_from([PLAIN, SEALED]), st.integers(0, 600), st.binary(min_size=1, max_size=16))
+@given(st.sampled_from([PLAIN, SEALED, HVM]), st.integers(0, 600), st.binary(min_size=1, max_size=16))
 def test_headers_overwritten(content, at, garbage):
     refused_or_whole(content[: HEAD + at] + garbage + content[HEAD + at + len(garbage) :])
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from([PLAIN, SEALED]), st.data())
+@given(st.sampled_from([PLAIN, SEALED, HVM]), st.data())
 def test_cut_off_is_always_refused(content, data):
     assert not refused_or_whole(content[: data.draw(st.integers(0, len(content) - 1))])
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from([PLAIN, SEALED]), st.data())
+@given(st.sampled_from([PLAIN, SEALED, HVM]), st.data())
 def test_a_piece_taken_out_or_doubled(content, data):
     begin = data.draw(st.integers(0, len(content) - 1))
     end = data.draw(st.integers(begin + 1, min(len(content), begin + 5000)))

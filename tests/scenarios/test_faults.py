@@ -171,6 +171,7 @@ def test_only_one_monitor_for_a_uuid(host, vm):
 @pytest.mark.long
 @pytest.mark.parametrize("count", [4, 16])
 def test_many_at_once(host, vm, count):
+    host.favour()
     guests = [vm(memory=112) for _ in range(count)]
     starting = [guest.begin() for guest in guests]
     for one in starting:

@@ -6,10 +6,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hvmguest import models
 from vms import *  # noqa: F403
-from vms import XenHost, folder, nothing_is_left, pytest_runtest_logreport, run, vm  # noqa: F401
+from vms import XenHost, folder, nothing_is_left, pytest_runtest_logreport, run, until, vm  # noqa: F401
 
 MIB = 1 << 20
+HVM_MIB = 192
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +47,52 @@ def image():
 
     yield make
     shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def sector(tmp_path_factory):
+    """The boot sector, whose last byte but two makes it reset itself."""
+    place = tmp_path_factory.mktemp("sector")
+    source = Path(__file__).with_name("sector.s")
+    for words in (
+        ("as", "--32", "-o", "sector.o", str(source)),
+        ("ld", "-m", "elf_i386", "--oformat", "binary", "-Ttext", "0x7c00", "-o", "sector", "sector.o"),
+    ):
+        done = run(*words, cwd=place)
+        assert done.returncode == 0, done.stderr
+    return (place / "sector").read_bytes()
+
+
+@pytest.fixture
+def disk(sector, image):
+    """Return a maker of disks that boot."""
+    made = []
+
+    def make(reboots=False):
+        code = bytearray(sector)
+        code[509] = reboots
+        made.append(image(f"hvm-{len(made)}.img", MIB, bytes(code)))
+        return made[-1]
+
+    return make
+
+
+@pytest.fixture
+def hvm(vm):  # noqa: F811 - the fixture above
+    def make(**settings):
+        words = {"kernel": "", "initrd": "", "cmdline": ""}
+        chosen = {"hvm": "true", "memory": HVM_MIB, "acpi": "true", "apic": "true", "pae": "true", "display": "none"}
+        guest = vm(**words, **{**chosen, **settings})
+        for key in ("initrd", "cmdline"):
+            guest.settings.pop(key)
+        guest.write()
+        return guest
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def no_device_model_is_left():
+    """Look after everything else has been torn down."""
+    yield
+    until(lambda: not models(), "no device model is left", 30)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 # A boot sector that is a guest as soon as the firmware is done. On the first serial port it says GUEST-UP, what the
-# processor is (CPUID 1 edx, 80000001 edx, 40000000 ebx), the hour of its clock, then "tick 1" four times a second. When
+# processor is (CPUID 1 edx, 80000001 edx, 40000000 ebx), the hour of its clock, then "tick 1" and a count, four times a second. When
 # its power button is pressed (PM1a status in port 0xb000, control in 0xb004) it asks for S5. The byte `mode`, when not 0,
 # has it reset itself through the keyboard's controller instead of ticking.
 #
@@ -49,6 +49,11 @@ poll:   movw $0xb000, %dx
         jne reboot
         movw $tick, %si
         call say
+        incl count
+        movl count, %eax
+        call hex
+        movw $line, %si
+        call say
         jmp wait
 
 off:    movw $0xb004, %dx
@@ -86,7 +91,8 @@ hex:    movw $0x3f8, %dx
 
 up:     .asciz "GUEST-UP"
 line:   .asciz "\r\n"
-tick:   .asciz "tick 1\r\n"
+tick:   .asciz "tick 1"
+count:  .long 0
 
         .org 509
 mode:   .byte 0

@@ -1,170 +1,26 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""HVM guests: firmware, device model, disks, screen, keys, and what happens when the device model ends.
-
-Most guests here are a boot sector, `sector.s`, which is up as soon as the firmware is. Linux boots from a disc that is
-made of Debian's parts: isolinux, the kernel, and the test guest's initramfs, which talks on the first serial port.
-"""
+"""HVM guests: firmware, device model, disks, screen, keys, and what happens when the device model ends."""
 
 import contextlib
 import ctypes
 import os
 import re
-import shutil
 import signal
 import socket
 import struct
-import threading
 import time
-import tty
 from pathlib import Path
 
 import pytest
 from conftest import MIB, domains, kill, run, until
+from hvmguest import LOAD_S, Serial, disc, model, models
 
-from xenvm.cli.client import Monitor
 from xenvm.errors import XenvmError
 
-MEMORY_MIB = 192
-PATIENCE_S = 60.0
-LOAD_S = 400.0  # how long firmware and loader may take to read a kernel, word by word out of an emulated IDE drive
-QEMU = "xen-qemu-system-i386"
 PIDFD_GETFD = 438  # asm/unistd_64.h
 TIMER_MODE, HPET_ENABLED, VPT_ALIGN, VIRIDIAN = 10, 11, 16, 9  # HVM_PARAM_* of xen/hvm/params.h
 PAE, APIC, NX = 1 << 6, 1 << 9, 1 << 20  # CPUID 1 edx, and 80000001 edx
 XEN, MICROSOFT = (int.from_bytes(name, "little") for name in (b"XenV", b"Micr"))
-
-
-@pytest.fixture(scope="session")
-def sector(tmp_path_factory):
-    """The boot sector, whose last byte but two makes it reset itself."""
-    place = tmp_path_factory.mktemp("sector")
-    source = Path(__file__).with_name("sector.s")
-    for words in (
-        ("as", "--32", "-o", "sector.o", str(source)),
-        ("ld", "-m", "elf_i386", "--oformat", "binary", "-Ttext", "0x7c00", "-o", "sector", "sector.o"),
-    ):
-        done = run(*words, cwd=place)
-        assert done.returncode == 0, done.stderr
-    return (place / "sector").read_bytes()
-
-
-@pytest.fixture
-def disk(sector, image):
-    """Return a maker of disks that boot."""
-    made = []
-
-    def make(reboots=False):
-        code = bytearray(sector)
-        code[509] = reboots
-        made.append(image(f"hvm-{len(made)}.img", MIB, bytes(code)))
-        return made[-1]
-
-    return make
-
-
-def disc(directory, append=""):
-    """Make a disc that boots the test guest, which is also a disk that does."""
-    tree = Path(directory) / f"tree-{len(append)}"
-    made = tree.with_suffix(".iso")
-    (tree / "isolinux").mkdir(parents=True)
-    shutil.copy("/usr/lib/ISOLINUX/isolinux.bin", tree / "isolinux")
-    shutil.copy("/usr/lib/syslinux/modules/bios/ldlinux.c32", tree / "isolinux")
-    for part in ("vmlinuz", "guest.gz"):
-        (tree / part).symlink_to(f"/lab/{part}")
-    (tree / "isolinux/isolinux.cfg").write_text(
-        "SERIAL 0 115200\nDEFAULT linux\nLABEL linux\nKERNEL /vmlinuz\n"
-        f"APPEND initrd=/guest.gz console=ttyS0,115200 quiet mitigations=off rodata=off xenvm.tick_ms=200 {append}\n"
-    )
-    done = run(
-        *("xorriso", "-as", "mkisofs", "-quiet", "-follow-links", "-o", str(made), "-b", "isolinux/isolinux.bin"),
-        *("-c", "isolinux/boot.cat", "-no-emul-boot", "-boot-load-size", "4", "-boot-info-table"),
-        *("-isohybrid-mbr", "/usr/lib/ISOLINUX/isohdpfx.bin", str(tree)),
-    )
-    assert done.returncode == 0, done.stderr
-    return made
-
-
-class Serial:
-    """The serial port of a guest: what it says, and lines for its shell."""
-
-    def __init__(self, guest):
-        with Monitor.connect(guest.uuid, reply_timeout_s=60) as monitor:
-            self.terminal = monitor.call("console").take_descriptor()
-        tty.setraw(self.terminal)
-        self.text = ""
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self):
-        with contextlib.suppress(OSError):
-            while piece := os.read(self.terminal, 4096):
-                self.text += piece.decode(errors="replace")
-
-    def until(self, what, patience_s=PATIENCE_S):
-        try:
-            return until(lambda: re.search(what, self.text), f"the guest says {what}", patience_s)
-        except AssertionError as error:
-            raise AssertionError(f"{error}; it said {self.text[-1000:]}") from None
-
-    def up(self, patience_s=PATIENCE_S):
-        self.until(r"GUEST-UP[\s\S]*tick 1", patience_s)
-
-    def processor(self):
-        """What the boot sector has seen: CPUID 1 edx, 80000001 edx, 40000000 ebx, and hour and minute in BCD."""
-        found = self.until(r"GUEST-UP ([0-9a-f]{8}) ([0-9a-f]{8}) ([0-9a-f]{8}) ([0-9a-f]{8})\r\n")
-        return [int(word, 16) for word in found.groups()]
-
-    def write(self, line):
-        os.write(self.terminal, f"{line}\n".encode())
-
-    def shell(self, line, patience_s=PATIENCE_S):
-        """Run a line in a Linux guest; return what it printed."""
-        before = len(self.text)
-        self.write(f"{line}; echo END-$?-END")
-        found = until(lambda: re.search(r"END-(\d+)-END\r?\n", self.text[before:]), f"the guest ran {line}", patience_s)
-        said = self.text[before:]
-        assert found[1] == "0", said
-        text = said.partition("-END\r\n")[2] if f"{line}; echo" in said else said
-        lines = text[: text.find("END-")].replace("\r", "").split("\n")
-        return "\n".join(one for one in lines if not re.fullmatch(r"tick \d+", one)).strip()
-
-
-@pytest.fixture
-def hvm(vm):
-    def make(**settings):
-        words = {"kernel": "", "initrd": "", "cmdline": ""}
-        chosen = {"hvm": "true", "memory": MEMORY_MIB, "acpi": "true", "apic": "true", "pae": "true", "display": "none"}
-        guest = vm(**words, **{**chosen, **settings})
-        for key in ("initrd", "cmdline"):
-            guest.settings.pop(key)
-        guest.write()
-        return guest
-
-    return make
-
-
-@pytest.fixture(autouse=True)
-def no_device_model_is_left():
-    """Look after everything else has been torn down."""
-    yield
-    until(lambda: not models(), "no device model is left", 30)
-
-
-def models():
-    """The QEMUs that serve a domain: pid -> command line."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                words = (entry / "cmdline").read_bytes().decode().split("\0")
-                if words[0].endswith(QEMU) and "-xen-domid" in words:
-                    found[int(entry.name)] = words
-    return found
-
-
-def model(guest):
-    """The pid of the device model of a guest."""
-    return next(pid for pid, words in models().items() if words[words.index("-xen-domid") + 1] == str(guest.domid))
 
 
 def xen_says_of(pid):

@@ -11,8 +11,8 @@ import pytest
 from broker_bench import FAULT, RUNNING, UUID
 from children import FakeChild
 
-from xenvm.boundary.images import Image, Inspect, Pack, Packed, Packing, Restore, Save
-from xenvm.boundary.messages import NO_DOMAIN, DomainState, Done, Failed, HostPolicy, Init, Op, Progress
+from xenvm.boundary.images import Image, Inspect, Pack, Packed, Packing, Progress, Restore, Save
+from xenvm.boundary.messages import NO_DOMAIN, DomainState, Done, Failed, HostPolicy, Init, Op
 from xenvm.boundary.privileges import Role
 from xenvm.broker import core, images, work
 from xenvm.broker.phases import IMAGE_S_PER_MIB, PERMITS
@@ -226,7 +226,7 @@ def resumed(bench, monkeypatch):
     """The jobs given to fresh builders while the monitor ends."""
     given = []
 
-    def ask(child, message, deadline_s):
+    def ask(child, message, deadline_s, _talk):
         child.end()
         given.append((message.op, message.domid, deadline_s))
         return Done(0, RUNNING, "")

@@ -16,7 +16,19 @@ from children import FakeChild
 from test_devicemodel import PLAIN
 
 from xenvm.boundary.devices import DiskGrant
-from xenvm.boundary.machine import EndModel, Launch, Launched, Loaded, Model, ModelState
+from xenvm.boundary.images import Restore, Save
+from xenvm.boundary.machine import (
+    Attach,
+    EndModel,
+    Granted,
+    Launch,
+    Launched,
+    Loaded,
+    Model,
+    ModelState,
+    Wish,
+    Wished,
+)
 from xenvm.boundary.messages import (
     NO_DOMAIN,
     Created,
@@ -27,18 +39,25 @@ from xenvm.boundary.messages import (
     Ready,
 )
 from xenvm.boundary.privileges import Role
-from xenvm.broker import host, models
+from xenvm.broker import host, models, work
 from xenvm.broker.servers import server_text
 
 
 @pytest.fixture
-def bench(monkeypatch, tmp_path):
+def run_directory():
+    """A directory with a short name: that of a socket has 107 letters at most."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path, run_directory):
     for name in ("loader", "bios"):
         (tmp_path / name).write_bytes(b"k")
     monkeypatch.setattr(host, "hvmloader", lambda: str(tmp_path / "loader"))
     monkeypatch.setattr(host, "BIOS", str(tmp_path / "bios"))
     monkeypatch.setattr(host, "LOG_DIRECTORY", str(tmp_path))
-    monkeypatch.setattr(models, "RUN_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(models, "RUN_DIRECTORY", str(run_directory))
     monkeypatch.setattr(models, "uid_of", lambda _domid: os.getuid())
     for made in broker_bench.bench(monkeypatch, tmp_path):
         machine = PLAIN.but(vnc_port=-1, videoram_mib=0, nic_models=(), extra=())
@@ -136,7 +155,7 @@ def test_it_starts_when_the_domain_is_loaded_and_not_before(bench, qemu):
     launch, descriptors = said(child)
     assert isinstance(launch, Launch)
     assert (launch.domid, launch.name, launch.drives, launch.taps) == (8, "web", (), ())
-    assert descriptors == 3
+    assert descriptors == 4
     assert qemu.poll() is None
 
 
@@ -152,20 +171,21 @@ def test_a_screen_is_served_where_it_was_granted(bench):
     child = with_a_screen(bench, vnc_host="127.0.0.2")
     _, descriptors = child.there.receive(deadline_s=5)
     bench.kept = descriptors
-    with socket.socket(fileno=os.dup(descriptors[3])) as listener:
+    with socket.socket(fileno=os.dup(descriptors[4])) as listener:
         assert listener.getsockname()[0] == "127.0.0.2"
-    assert len(descriptors) == 4
+    assert len(descriptors) == 5
 
 
-def test_a_start_to_its_end(bench, qemu, tmp_path):
+def test_a_start_to_its_end(bench, qemu, run_directory):
     state = running(bench, qemu)
     assert bench.broker._models.state == state
-    assert (tmp_path / f"qmp-{UUID}").is_socket()
-    assert (tmp_path / f"qmp-{UUID}").stat().st_mode & 0o777 == 0o600
+    for name in (f"qmp-{UUID}", f"qmp-{UUID}.save"):
+        assert (run_directory / name).is_socket()
+        assert (run_directory / name).stat().st_mode & 0o777 == 0o600
     assert bench.acts.of("model") == [{"pid": qemu.pid, "domid": 8}]
 
 
-def test_one_that_does_not_come_up_is_ended_and_the_builder_hears_why(bench, qemu, tmp_path):
+def test_one_that_does_not_come_up_is_ended_and_the_builder_hears_why(bench, qemu, run_directory):
     child = begun(bench)
     bench.answer(Loaded(8))
     said(child)
@@ -174,7 +194,7 @@ def test_one_that_does_not_come_up_is_ended_and_the_builder_hears_why(bench, qem
     message, _ = said(bench.builder)
     assert message.fault.message == "device model: no"
     assert qemu.wait(5) == -9
-    assert not (tmp_path / f"qmp-{UUID}").exists()
+    assert not (run_directory / f"qmp-{UUID}").exists()
 
 
 def test_a_worker_that_dies_takes_it_along(bench, qemu):
@@ -226,7 +246,7 @@ def test_one_that_died_unwatched_is_found(bench, qemu):
     assert bench.job()[0].op is Op.CRASH
 
 
-def test_a_builder_has_it_ended_before_the_domain_goes(bench, qemu, tmp_path):
+def test_a_builder_has_it_ended_before_the_domain_goes(bench, qemu, run_directory):
     state = running(bench, qemu)
     bench.ask(Op.DESTROY, 5)
     bench.job()
@@ -235,7 +255,7 @@ def test_a_builder_has_it_ended_before_the_domain_goes(bench, qemu, tmp_path):
     assert said(bench.builder) == (Ready(()), 0)
     assert qemu.wait(5) in (-15, -9)
     assert time.monotonic() - begin < 5
-    assert not (tmp_path / f"qmp-{UUID}").exists()
+    assert not (run_directory / f"qmp-{UUID}").exists()
     bench.answer(Done(0, NO_DOMAIN, ""))
     assert bench.broker._models.pidfd < 0
 
@@ -265,3 +285,114 @@ def test_a_disc_goes_through_the_page_cache(image_directory):
     (one,) = drive_of(image_directory, GRANT.but(read_only=True, cdrom=True))
     assert not fcntl.fcntl(one, fcntl.F_GETFL) & os.O_DIRECT
     os.close(one)
+
+
+# Saved, and brought back
+
+
+def target(tmp_path):
+    return os.open(tmp_path / "image", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+
+
+def of_role(role):
+    (child,) = [child for child in FakeChild.made if child.role is role and child.pidfd >= 0]
+    return child
+
+
+def saving(bench, qemu, tmp_path, **changes):
+    """Begin a save; return the qmp worker, what it was handed, the builder's job and its descriptors."""
+    running(bench, qemu)
+    image = target(tmp_path)
+    bench.send(Save(5, False, 60, **changes), (image,))
+    os.close(image)
+    talk = of_role(Role.QMP)
+    attach, handed = talk.there.receive(deadline_s=5)
+    assert attach == Attach()
+    job, descriptors = bench.builder.there.receive(deadline_s=5)
+    bench.kept += [*handed, *descriptors]
+    return talk, handed, job, descriptors
+
+
+def test_the_builder_reads_what_the_device_model_writes_through_a_worker(bench, qemu, tmp_path):
+    talk, (connection, writable), job, (_image, readable) = saving(bench, qemu, tmp_path, live=True)
+    assert (job.op, job.live) == (Op.SAVE, True)
+    with socket.socket(fileno=os.dup(connection)) as client:
+        assert client.getpeername().endswith(f"qmp-{UUID}.save")
+    assert fcntl.fcntl(writable, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY
+    os.write(writable, b"QEVM")
+    assert os.pread(readable, 9, 0) == b"QEVM"
+    bench.answer(Wished(Wish.SAVE))
+    assert said(talk) == (Wished(Wish.SAVE), 0)
+    tell(bench, talk, Granted())
+    assert said(bench.builder) == (Granted(), 0)
+    bench.answer(Done(0, RUNNING, "image_bytes=9"))
+    assert bench.heard() == Done(5, RUNNING, "image_bytes=9")
+    assert talk.killed
+
+
+def test_a_refusal_and_the_workers_end_reach_the_builder_once(bench, qemu, tmp_path):
+    talk, _, _, _ = saving(bench, qemu, tmp_path)
+    bench.answer(Wished(Wish.SAVE))
+    tell(bench, talk, Failed(0, Fault(1, "device model: no", ""), RUNNING))
+    assert said(bench.builder) == (Failed(0, Fault(1, "device model: no", ""), NO_DOMAIN), 0)
+    tell(bench, talk, Granted())  # nobody has asked
+    bench.answer(Wished(Wish.RUN))
+    talk.die()
+    bench.turn()
+    message, _ = said(bench.builder)
+    assert "without an answer" in message.fault.message
+
+
+def test_without_a_device_model_nothing_is_begun(bench, qemu, tmp_path):
+    running(bench, qemu)
+    bench.broker._models.forget()
+    image = target(tmp_path)
+    bench.send(Save(5, False, 60), (image,))
+    os.close(image)
+    assert "device model: it does not run" in bench.refused()
+    assert bench.broker._work is None
+
+
+def test_a_resume_has_a_worker_too_and_no_state(bench, qemu):
+    running(bench, qemu)
+    bench.ask(Op.RESUME, 6)
+    talk = of_role(Role.QMP)
+    assert said(talk) == (Attach(), 1)
+    assert bench.job()[1] == 0
+    bench.answer(Wished(Wish.RUN))
+    assert said(talk) == (Wished(Wish.RUN), 0)
+
+
+def test_a_monitor_that_ends_over_a_save_has_the_device_model_run_first(bench, qemu, tmp_path, monkeypatch):
+    asked = []
+
+    def ask(child, message, _deadline_s, talk):
+        child.end()
+        asked.append((message.op, talk is not None))
+        return Done(0, RUNNING, "")
+
+    monkeypatch.setattr(work, "ask_once", ask)
+    saving(bench, qemu, tmp_path)
+    bench.broker._end_children()
+    assert asked == [(Op.RESUME, True)]
+
+
+def test_a_restore_begins_with_the_state_that_its_image_has(bench, tmp_path):
+    bench.known(NO_DOMAIN)
+    image = target(tmp_path)
+    bench.send(Restore(4, False), (image,))
+    os.close(image)
+    feed = of_role(Role.STREAM)
+    _, handed = feed.there.receive(deadline_s=5)
+    assert len(handed) == 3
+    os.write(handed[2], b"QEVM state")
+    host.close_all(handed)
+    bench.job()
+    bench.answer(Created(8, ()))
+    bench.answer(Loaded(8))
+    launch, descriptors = worker().there.receive(deadline_s=5)
+    bench.kept = descriptors
+    assert launch.incoming
+    assert os.read(descriptors[-1], 100) == b"QEVM state"
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.write(descriptors[-1], b"x")

@@ -47,12 +47,14 @@ LAUNCH = Launch(
         Drive(2048, "sda", cdrom=False, block=True, descriptors=1),
     ),
     taps=(Tap(0, "00:16:3e:aa:bb:cc", "e1000"),),
+    incoming=False,
 )
-NUMBERS = Descriptors(3, -1, ((4, 5), (), (6,), (7,)), (8,))
+NUMBERS = Descriptors(3, 10, -1, ((4, 5), (), (6,), (7,)), (8,), -1)
 COMMON = """\
 /usr/libexec/xen-qemu-system-i386
 -xen-domid 7 -xen-domid-restrict -no-shutdown -S
 -chardev socket,id=qmp,fd=3,server=on,wait=off -mon chardev=qmp,mode=control
+-chardev socket,id=saving,fd=10,server=on,wait=off -mon chardev=saving,mode=control
 -nodefaults -no-user-config -name web -uuid 11111111-2222-4333-8444-555555555555
 -display none -vnc none -k en-us
 -chardev pty,id=serial0 -serial chardev:serial0
@@ -111,12 +113,17 @@ def test_without_display_there_is_no_card_and_no_tablet():
 
 def test_the_serial_port_leads_elsewhere():
     assert "serial" not in options(7, serial="none")
-    numbers = Descriptors(3, 9, NUMBERS.drives, NUMBERS.taps)
+    numbers = NUMBERS.but(serial=9)
     assert "-chardev socket,id=serial0,fd=9 -serial chardev:serial0" in options(7, numbers=numbers, serial="tcp")
 
 
 def test_no_card_is_said():
-    assert "-nic none" in options(10, LAUNCH.but(taps=()), Descriptors(3, -1, NUMBERS.drives, ()))
+    assert "-nic none" in options(10, LAUNCH.but(taps=()), NUMBERS.but(taps=()))
+
+
+def test_it_begins_with_a_state_that_it_is_handed():
+    assert "-incoming" not in options(10)
+    assert "-incoming fd:9 " in options(10, LAUNCH.but(incoming=True), NUMBERS.but(incoming=9))
 
 
 GOOD = b"""\

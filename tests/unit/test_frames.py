@@ -9,7 +9,8 @@ import psutil
 import pytest
 
 from xenvm.boundary.frames import BODY_LIMIT_BYTES, DESCRIPTOR_LIMIT, HEADER, MAGIC, VERSION, Channel, decode, encode
-from xenvm.boundary.messages import NO_DOMAIN, Ask, Done, Op, Outcome, Progress
+from xenvm.boundary.images import Progress
+from xenvm.boundary.messages import NO_DOMAIN, Ask, Done, Op, Outcome
 from xenvm.errors import ProtocolError, TimeoutExpiredError
 
 PROGRESS = Progress(7, "loading the kernel")
@@ -50,7 +51,7 @@ def pipe():
         os.close(descriptor)
 
 
-GOOD = b'{"sequence":7,"step":"x","done_kib":0,"total_kib":0}'
+GOOD = b'{"sequence":7,"step":"x","done_kib":0,"total_kib":0,"round":0,"dirty_pages":-1,"rate_kib_s":0}'
 
 
 def test_the_frame_these_tests_vary_is_good():

@@ -42,6 +42,7 @@ MODULES = {
     Role.UNPACKER: ["xenvm.helpers.unpacker.main", "xenvm.helpers.unpacker.formats"],
     Role.STREAM: ["xenvm.helpers.stream.main"],
     Role.DEVICEMODEL: ["xenvm.helpers.devicemodel.main"],
+    Role.QMP: ["xenvm.helpers.qmp.main"],
 }
 HEAVY = {
     "argparse",
@@ -70,7 +71,7 @@ FORBIDDEN = {
     Role.BUILDER: HEAVY | {"logging", "xenvm.config", "xenvm.broker", "xenvm.supervisor"},
     Role.HOTPLUG: HEAVY | {"logging", "xenvm.config", "xenvm.broker", "xenvm.supervisor", "xenvm._xen"},
     **dict.fromkeys(
-        (Role.NETWORK, Role.IMAGE, Role.STORAGE, Role.UNPACKER, Role.STREAM, Role.DEVICEMODEL),
+        (Role.NETWORK, Role.IMAGE, Role.STORAGE, Role.UNPACKER, Role.STREAM, Role.DEVICEMODEL, Role.QMP),
         HEAVY | {"pyxs", "threading", "logging", "xenvm.config", "xenvm.broker", "xenvm.supervisor", "xenvm._xen"},
     ),
 }
@@ -93,6 +94,7 @@ OWN = {
     "zlib": {Role.UNPACKER, Role.BUILDER, Role.STREAM},
     "xenvm.helpers.stream": {Role.STREAM},
     "xenvm.helpers.devicemodel": {Role.DEVICEMODEL},
+    "xenvm.helpers.qmp": {Role.QMP},
     "xenvm.helpers.devices": {Role.BUILDER, Role.HOTPLUG},
     "xenvm.helpers.exchange": {Role.BUILDER, Role.HOTPLUG},
     "xenvm.helpers.store": {Role.BUILDER, Role.HOTPLUG},

@@ -7,7 +7,7 @@ from xenvm import forms
 from xenvm.boundary import devices, machine, messages
 from xenvm.boundary.checks import Checked, Message, array, choice, flag, number, string, table
 from xenvm.boundary.devices import DeviceState, DiskGrant, Kind, NicGrant, Vbd, Vif
-from xenvm.boundary.images import Restore, Save
+from xenvm.boundary.images import Progress, Restore, Save
 from xenvm.boundary.messages import (
     KINDS,
     NO_DOMAIN,
@@ -19,7 +19,6 @@ from xenvm.boundary.messages import (
     Op,
     Plug,
     Policy,
-    Progress,
     Rebridge,
     Unplug,
     Watch,
@@ -89,11 +88,12 @@ def test_which_messages_pass_descriptors():
         "Sum": 1,
         "Save": 1,
         "Restore": 1,
-        "Inspect": 2,
+        "Inspect": 3,
         "Pack": 2,
         "Join": 8,
         "Launch": 64,
         "Model": 1,
+        "Attach": 2,
     }
 
 
@@ -106,7 +106,7 @@ def test_a_supervisor_names_nothing():
     assert Watch.FIELDS == ("event",)
     assert Plug.FIELDS == ("sequence", "disks", "nics", "directory", "file")  # the file by its bare name
     assert Unplug.FIELDS == ("sequence", "kind", "device", "disc", "force", "timeout_s")
-    assert Save.FIELDS == ("sequence", "go_on", "timeout_s", "directory", "file")
+    assert Save.FIELDS == ("sequence", "go_on", "timeout_s", "directory", "file", "live")
     assert Restore.FIELDS == ("sequence", "paused", "foreign", "directory", "file")
     assert Rebridge.FIELDS == ("sequence", "device", "bridge")
 

@@ -13,7 +13,7 @@ from children import FakeChild
 
 from xenvm.boundary.devices import Kind, NicGrant
 from xenvm.boundary.frames import encode
-from xenvm.boundary.images import Restore, Save
+from xenvm.boundary.images import Progress, Restore, Save
 from xenvm.boundary.messages import (
     NO_DOMAIN,
     Ask,
@@ -26,7 +26,6 @@ from xenvm.boundary.messages import (
     Op,
     Phase,
     Plug,
-    Progress,
     Rebridge,
     Unplug,
 )

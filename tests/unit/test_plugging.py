@@ -12,6 +12,7 @@ from children import FakeChild
 
 from xenvm.boundary.devices import DISKS_LIMIT, NICS_LIMIT, DeviceState, DiskGrant, Kind, Vif
 from xenvm.boundary.frames import BODY_LIMIT_BYTES, encode
+from xenvm.boundary.images import Progress
 from xenvm.boundary.messages import (
     NO_DOMAIN,
     CpuidRule,
@@ -23,7 +24,6 @@ from xenvm.boundary.messages import (
     Job,
     Op,
     Parsed,
-    Progress,
 )
 from xenvm.boundary.privileges import Role
 from xenvm.boundary.workers import Connect, Decrypt, Join, Serve, Served

@@ -42,12 +42,12 @@ class Xen:
     def vcpus(self, _domid):
         return self.made_with
 
-    def save_pv(self, _domid, descriptor, grants, suspend, frames):
+    def save(self, _domid, descriptor, grants, hooks, *, live):
         head = saved.head(grants)
         imagefile.write(descriptor, head.content)
-        suspend()
-        frames(1, 1)
-        imagefile.write(descriptor, bytes(8192) + saved.TAIL)
+        hooks.suspend()
+        hooks.frames(1, 1)
+        imagefile.write(descriptor, bytes(8192))
         return head
 
     def punch(self, *_):
@@ -64,6 +64,7 @@ class Xen:
 class Store:
     def __init__(self):
         self.nodes = {f"{HOME}/memory/static-max": b"262144", f"{HOME}/memory/target": b"131072"}
+        self.nodes[f"{HOME}/memory/videoram"] = b"0"
         self.resumed = []
 
     def read(self, path):
@@ -101,7 +102,7 @@ def job(op=Op.SAVE, grants=GRANTS, **changes):
 
 def save(xen, store, grants=GRANTS):
     with tempfile.TemporaryFile() as file:
-        Saving(xen, store, job(grants=grants), lambda *_: None, None).run(file.fileno(), RUNNING, go_on=False)
+        Saving(xen, store, job(grants=grants), lambda *_: None, Packer()).run([file.fileno()], RUNNING, go_on=False)
         file.seek(0)
         content = file.read()
     return json.loads(content[52 : content.index(b"\0", 52)])["b_info"]
@@ -118,6 +119,9 @@ class Packer:
     def __init__(self, failure=None):
         self.calls, self.failure = [], failure
 
+    def model(self, wish):
+        """Do nothing: a PV guest has no device model."""
+
     def packing(self):
         self.calls.append("packing")
 
@@ -133,7 +137,7 @@ def test_an_image_that_is_compressed_goes_into_a_pipe_whose_end_the_packer_sees(
     readable, writable = os.pipe()
     packer = Packer()
     saving = Saving(xen, store, job(grants=GRANTS.but(image_compression="zstd")), lambda *_: None, packer)
-    assert saving.run(writable, RUNNING, go_on=go_on) == "4711 zstd"
+    assert saving.run([writable], RUNNING, go_on=go_on).startswith("image_bytes=4711 image_compression=zstd still_ms=")
     with os.fdopen(readable, "rb") as pipe:
         assert pipe.read().endswith(bytes(8192) + saved.TAIL)
     assert packer.calls == ["packing", "packed"]
@@ -145,7 +149,7 @@ def test_a_packer_that_fails_at_the_end_has_the_guest_run_on(xen, store):
     packer = Packer(XenvmError("no"))
     with pytest.raises(XenvmError, match="no"):
         Saving(xen, store, job(grants=GRANTS.but(image_compression="zstd")), lambda *_: None, packer).run(
-            writable, RUNNING, go_on=False
+            [writable], RUNNING, go_on=False
         )
     os.close(readable)
     assert (xen.resumed, xen.domain) == (1, RUNNING)
@@ -159,7 +163,7 @@ def test_where_nobody_can_compress_the_guest_is_not_even_asked_to_suspend(xen, s
     readable, writable = os.pipe()
     with pytest.raises(XenvmError, match="libzstd"):
         Saving(xen, store, job(grants=GRANTS.but(image_compression="zstd")), lambda *_: None, Nobody()).run(
-            writable, RUNNING, go_on=False
+            [writable], RUNNING, go_on=False
         )
     os.close(writable)
     with os.fdopen(readable, "rb") as pipe:
@@ -193,7 +197,7 @@ def test_a_domain_of_unknown_size_is_not_asked_to_suspend(xen, store):
 )
 def test_a_resume_tells_xenstored_of_a_guest_that_runs(xen, store, domain, woken, told):
     xen.domain = domain
-    Saving(xen, store, job(Op.RESUME), lambda *_: None, None).resume()
+    Saving(xen, store, job(Op.RESUME), lambda *_: None, Packer()).resume()
     assert (xen.resumed, store.resumed) == (woken, told)
 
 

@@ -29,12 +29,47 @@ def is_uuid_or_none(text: str) -> bool:
     return not text or forms.uuid(text)
 
 
+class Progress(Message):
+    """A step of a long request has begun, or is so far; `total_kib` is 0 where the end is not known.
+
+    A guest that is saved live is told of by `round`, from 1 on, the pages that it has written to since the last one
+    (-1: not known), and how fast its memory is written, in KiB a second.
+    """
+
+    sequence: int
+    step: str
+    done_kib: int = 0
+    total_kib: int = 0
+    round: int = 0
+    dirty_pages: int = -1
+    rate_kib_s: int = 0
+    KIND: ClassVar = 6
+    CHECKS: ClassVar = {
+        "sequence": _SEQUENCE,
+        "step": string(64),
+        "done_kib": number(0, 2**52),
+        "total_kib": number(0, 2**52),
+        "round": number(0, 10000),
+        "dirty_pages": number(-1, 2**42),
+        "rate_kib_s": number(0, 2**42),
+    }
+
+    def told(self) -> dict[str, object]:
+        """Return what clients hear of it."""
+        body: dict[str, object] = {"step": self.step}
+        if self.total_kib:
+            body |= {"done_kib": self.done_kib, "total_kib": self.total_kib}
+        if self.round:
+            body |= {"round": self.round, "rate_kib_s": self.rate_kib_s}
+        return body | ({"dirty_pages": self.dirty_pages} if self.dirty_pages >= 0 else {})
+
+
 class Save(Message):
     """Supervisor to broker: write an image of the running guest into the file that comes along, empty and writable.
 
     Or into the file `file` of the host policy's directory of images number `directory` (-1: none). The guest may take
     `timeout_s` to suspend. With `go_on` it runs again afterwards; else it stays suspended, until RESUME or DESTROY.
-    When saving fails it runs on.
+    When saving fails it runs on. With `live` most of its memory is written while it still runs.
     """
 
     sequence: int
@@ -42,9 +77,10 @@ class Save(Message):
     timeout_s: int
     directory: int = -1
     file: str = ""
+    live: bool = False
     KIND: ClassVar = 31
     DESCRIPTORS: ClassVar = 1
-    CHECKS: ClassVar = {"sequence": _SEQUENCE, "go_on": flag, "timeout_s": _SECONDS, **_PLACE}
+    CHECKS: ClassVar = {"sequence": _SEQUENCE, "go_on": flag, "timeout_s": _SECONDS, **_PLACE, "live": flag}
 
 
 class Restore(Message):
@@ -65,14 +101,15 @@ class Restore(Message):
 
 
 class Inspect(Message):
-    """Broker to stream: check this image whole, say what it is, then feed a builder. Descriptors: the image, a pipe.
+    """Broker to stream: check this image whole, say what it is, then feed a builder.
 
-    A compressed one is unpacked no further than a guest of this VM's size can have made it.
+    Descriptors: the image, a pipe, and for an HVM guest an empty file for the state of its device model. A compressed
+    one is unpacked no further than a guest of this VM's size can have made it.
     """
 
     memory_max_kib: int
     KIND: ClassVar = 33
-    DESCRIPTORS: ClassVar = 2
+    DESCRIPTORS: ClassVar = 3
     CHECKS: ClassVar = {"memory_max_kib": number(1, 2**42)}
 
 

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from xenvm import forms
-from xenvm.boundary.checks import INT32_MAX, NAME, Checked, Message, array, flag, number, string
+from xenvm.boundary.checks import INT32_MAX, NAME, Checked, Message, array, choice, flag, number, string
 from xenvm.boundary.devices import DEVICE_MAX, DISKS_LIMIT, NICS_LIMIT, is_mac, is_server
+from xenvm.choice import StrChoice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ TERMINALS: Final = "/dev/pts/"
 EMULATED_NICS: Final = 8
 """Of the cards of one guest; PCI slots are few."""
 LAUNCH_DESCRIPTORS: Final = 64
+STATE_LIMIT_BYTES: Final = 64 << 20
+"""The most that a device model may say of its state; some hundred kilobytes are usual."""
 
 
 def is_tty(text: str) -> bool:
@@ -135,8 +138,9 @@ class Tap(Checked):
 class Launch(Message):
     """Broker to devicemodel: start QEMU for `domid`.
 
-    Descriptors: the log, QMP's listening socket, one connected to it; then as they are wanted VNC's listening socket,
-    the connected serial socket; then those of the drives and the taps, in their order.
+    Descriptors: the log, QMP's two listening sockets, one connected to the first; then as they are wanted VNC's
+    listening socket, the connected serial socket; then those of the drives and the taps, in their order; at the end, if
+    it is `incoming`, the file with the state that it begins with.
     """
 
     domid: int
@@ -147,6 +151,7 @@ class Launch(Message):
     machine: Machine
     drives: tuple[Drive, ...]
     taps: tuple[Tap, ...]
+    incoming: bool
     KIND: ClassVar = 50
     DESCRIPTORS: ClassVar = LAUNCH_DESCRIPTORS
     CHECKS: ClassVar = {
@@ -158,6 +163,7 @@ class Launch(Message):
         "machine": Machine.from_body,
         "drives": array(Drive.from_body, DISKS_LIMIT),
         "taps": array(Tap.from_body, EMULATED_NICS),
+        "incoming": flag,
     }
 
 
@@ -201,6 +207,38 @@ class Model(Message):
     CHECKS: ClassVar = {"running": flag, "vnc_port": number(0, 65535)}
 
 
+class Wish(StrChoice):
+    """What is asked of a device model over a save or a resume."""
+
+    TRACK = "track"  # note which memory it writes to, for the library that copies it
+    UNTRACK = "untrack"
+    SAVE = "save"  # stand still, and say its state
+    RUN = "run"
+
+
+class Attach(Message):
+    """Broker to qmp: here is a connection to the QMP socket; with a second descriptor, a file for its state."""
+
+    KIND: ClassVar = 55
+    DESCRIPTORS: ClassVar = 2
+    CHECKS: ClassVar = {}
+
+
+class Wished(Message):
+    """Builder to broker, and on to qmp: ask this of the device model, and answer Granted or Failed."""
+
+    wish: Wish
+    KIND: ClassVar = 56
+    CHECKS: ClassVar = {"wish": choice(Wish)}
+
+
+class Granted(Message):
+    """Qmp to broker, and on to the builder: the device model has done it."""
+
+    KIND: ClassVar = 57
+    CHECKS: ClassVar = {}
+
+
 MACHINES: Final = array(Machine.from_body, 1)
 MODELS: Final = array(ModelState.from_body, 1)
-MACHINE_MESSAGES: Final = (Launch, Launched, Loaded, EndModel, Model)
+MACHINE_MESSAGES: Final = (Launch, Launched, Loaded, EndModel, Model, Attach, Wished, Granted)

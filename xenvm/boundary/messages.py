@@ -39,7 +39,7 @@ from xenvm.boundary.devices import (
     Vif,
     is_bridge,
 )
-from xenvm.boundary.images import Image, Inspect, Pack, Packed, Packing, Restore, Save
+from xenvm.boundary.images import Image, Inspect, Pack, Packed, Packing, Progress, Restore, Save
 from xenvm.boundary.machine import MACHINE_MESSAGES, MACHINES, MODELS, Machine, ModelState
 from xenvm.boundary.workers import (
     Connect,
@@ -408,22 +408,6 @@ class Failed(Message):
     CHECKS: ClassVar = {"sequence": _SEQUENCE, "fault": Fault.from_body, "domain": Domain.from_body}
 
 
-class Progress(Message):
-    """A step of a long request has begun, or is so far; `total_kib` is 0 where the end is not known."""
-
-    sequence: int
-    step: str
-    done_kib: int = 0
-    total_kib: int = 0
-    KIND: ClassVar = 6
-    CHECKS: ClassVar = {
-        "sequence": _SEQUENCE,
-        "step": string(64),
-        "done_kib": number(0, 2**52),
-        "total_kib": number(0, 2**52),
-    }
-
-
 class Job(Message):
     """Broker to builder or hotplug: its one request. BUILD brings kernel and, if granted, initrd as descriptors.
 
@@ -444,6 +428,7 @@ class Job(Message):
     force: bool = False
     timeout_s: int = 40
     restored: str = ""
+    live: bool = False
     KIND: ClassVar = 7
     DESCRIPTORS: ClassVar = 2
     CHECKS: ClassVar = {
@@ -459,6 +444,7 @@ class Job(Message):
         "force": flag,
         "timeout_s": _SECONDS,
         "restored": string(80, forms.printable),
+        "live": flag,
     }
 
 

@@ -35,6 +35,7 @@ class Role(StrChoice):
     UNPACKER = "unpacker"
     STREAM = "stream"
     DEVICEMODEL = "devicemodel"
+    QMP = "qmp"
 
 
 class Landlock(StrChoice):
@@ -477,6 +478,21 @@ _ROWS: Final = (
         lifetime=ONE_REQUEST,
         requests=("launch",),
         refused=_names("io_uring_setup userfaultfd bpf"),
+    ),
+    Row(
+        role=Role.QMP,
+        user="xenvm-qmp",
+        capabilities=frozenset(),
+        no_new_privs=True,
+        syscalls=_PARSER_SYSCALLS | {"getsockname"},  # which Python asks of a socket it is given
+        landlock=Landlock.NOTHING,
+        # 3 the broker; the connection to the device model and the file for its state come with the request
+        descriptors=_frozen({3: SOCKET}),
+        extra_descriptors=frozenset({SOCKET, FILE}),
+        # What a device model says is bounded; if it needs more than this to be understood, it is an attack.
+        limits=_limits(NPROC=0, FSIZE=LOG_SIZE_LIMIT, NOFILE=32, AS=256 << 20),
+        lifetime=ONE_REQUEST,
+        requests=("attach", "wished"),
     ),
 )
 

@@ -116,10 +116,10 @@ def shown(untrusted: object, limit: int = WORD_LIMIT) -> str:
 
 
 class Conversation:
-    """A conversation that waits for each answer, within one deadline for all of it."""
+    """A conversation that waits for each answer. `end` is the deadline of all of it, and may be moved."""
 
     def __init__(self, connection: socket.socket, end: float) -> None:
-        self._socket, self._end = connection, end
+        self._socket, self.end = connection, end
         self._parser = Parser()
         self._identifier = 0
 
@@ -129,10 +129,12 @@ class Conversation:
             self._read()
         self.ask("qmp_capabilities")
 
-    def ask(self, command: str, descriptors: tuple[int, ...] = (), **arguments: object) -> object:
+    def ask(
+        self, command: str, arguments: Mapping[str, object] | None = None, descriptors: tuple[int, ...] = ()
+    ) -> object:
         """Return what a command returns; raise QmpError with its refusal, TimeoutError at the deadline."""
         self._identifier += 1
-        line = request(self._identifier, command, arguments)
+        line = request(self._identifier, command, arguments or {})
         self._socket.settimeout(self._left())
         try:
             self._socket.sendmsg([line], rights(descriptors))
@@ -151,7 +153,7 @@ class Conversation:
             return reply.value
 
     def _left(self) -> float:
-        left = self._end - time.monotonic()
+        left = self.end - time.monotonic()
         if left <= 0:
             raise TimeoutError
         return left

@@ -13,7 +13,8 @@ import os
 import select
 import time
 
-from xenvm.boundary.machine import EndModel, Loaded
+from xenvm.boundary.images import Progress
+from xenvm.boundary.machine import EndModel, Loaded, Wished
 from xenvm.boundary.messages import (
     NO_DOMAIN,
     Ask,
@@ -27,7 +28,6 @@ from xenvm.boundary.messages import (
     Op,
     Phase,
     Policy,
-    Progress,
     Ready,
 )
 from xenvm.boundary.privileges import Role
@@ -55,7 +55,7 @@ from xenvm.broker.requests import REQUESTS, change_of, must_wait, note, op_of, u
 from xenvm.broker.spares import Spares
 from xenvm.broker.tidying import in_vain, left_nothing, look_again, what_is_left
 from xenvm.broker.uevents import Uevents
-from xenvm.broker.work import Change, Work, allow, failed, forget, let_run, log_job
+from xenvm.broker.work import ANSWERS, Change, Work, allow, failed, forget, let_run, log_job
 from xenvm.context import suppress
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 
@@ -113,9 +113,8 @@ class Broker:
         self._keeping: Kernel | None = None  # what a start has unpacked, on its way into the cache
         self._asked: dict[Op, list[float]] = {op: [] for op in PERMITS}
         self._restarts: dict[Role, list[float]] = {Role.SUPERVISOR: [], Role.WATCHER: []}
-        self._events_in, self._events_out = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (self._events_in, self._events_out):
-            end.setblocking(False)
+        kind = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK
+        self._events_in, self._events_out = socket.socketpair(socket.AF_UNIX, kind)
         self._supervisor: Child | None = None
         self._watcher: Child | None = None
         self._watcher_due = 0.0  # when the next one is started; 0: one runs
@@ -212,7 +211,7 @@ class Broker:
             self._work.abandon()
         suspended = op in LEAVES_SUSPENDED or (self._book.saved and op is not Op.DESTROY)
         if suspended and self._phase is VmPhase.BUILT:
-            let_run(self._book, self._grants, self._domid, self._log, self._acts)
+            let_run(self._book, self._grants, self._domid, self._log, self._acts, self._models)
         if self._keeping:
             self._keeping.close()
         forget(self._postponed)
@@ -278,6 +277,8 @@ class Broker:
             self._created(work, message)
         elif work and child is work.builder and isinstance(message, Loaded):
             self._plugged(work, lambda plugging: plugging.loaded(message.domid))
+        elif work and work.talk and child is work.builder and isinstance(message, Wished):
+            work.talk.ask(message)
         elif work and child is work.builder and isinstance(message, EndModel):
             self._models.end(message.domid, message.server)
             child.channel.send(Ready(()))
@@ -294,8 +295,8 @@ class Broker:
         elif work and work.plugging and child in work.plugging.children:
             handed, descriptors[:] = [*descriptors], []
             self._plugged(work, lambda plugging: plugging.take(child, message, handed))
-        elif work and work.feed and child is work.feed.child and isinstance(message, images.ANSWERS):
-            self._to_builder(work, work.feed.take(message))
+        elif work and (partner := work.partner(child)) and isinstance(message, ANSWERS):
+            self._to_builder(work, partner.take(message))
         else:
             self._acts.append("protocol", role=child.role.value, pid=child.pid, why="message out of place")
             child.end()
@@ -313,8 +314,8 @@ class Broker:
         if work and work.kernel and child is work.kernel.child:
             self._unpacked(work, lambda kernel: kernel.gone())
             return
-        if work and work.feed and child is work.feed.child:
-            self._to_builder(work, work.feed.gone())
+        if work and (partner := work.partner(child)):
+            self._to_builder(work, partner.gone())
             return
         if self._keeping and child is self._keeping.child:
             self._keeping.close()
@@ -447,7 +448,7 @@ class Broker:
         log_job(self._acts, "job", op, op is Op.RESUME, domid=self._domid)
         role = Role.HOTPLUG if op in ON_DEVICES else Role.BUILDER
         work = Work(sequence, op, self._spares.take(role), deadline_s, change)
-        work.begin(self._domid, grants, files, self._log, self._spares)
+        work.begin(self._domid, grants, files, self._log, self._spares, self._models)
         self._work = work
         if op is Op.QUERY:  # a guest that has rebooted needs the next builder at once
             self._spares.make_ready(role)

@@ -96,8 +96,8 @@ def restored(policy: Policy, grants: Grants, op: Op, answer: Message | None, act
 class Stream(ABC):
     """Base of a process of the role stream, which is at one end of a pipe. `pipe` is the builder's end."""
 
-    def __init__(self, uuid: str, log: int, image: int, request: Message, *, fed: bool) -> None:
-        """Start it; the builder is `fed` through the pipe, or writes into it."""
+    def __init__(self, uuid: str, log: int, image: int, request: Message, *, fed: bool, state: int = -1) -> None:
+        """Start it; the builder is `fed` through the pipe, or writes into it. `state` is a file for what is beside."""
         ends = os.pipe2(os.O_CLOEXEC)
         self.pipe, theirs = ends if fed else ends[::-1]
         try:
@@ -105,7 +105,7 @@ class Stream(ABC):
                 fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
             self.child = Child(Role.STREAM, log, {}, uuid)
             with suppress(ProtocolError):  # it has ended already: what it said of that comes next
-                self.child.channel.send(request, (image, theirs))
+                self.child.channel.send(request, (image, theirs, *((state,) if state >= 0 else ())))
         except BaseException:
             os.close(self.pipe)
             raise
@@ -150,8 +150,8 @@ class Stream(ABC):
 class Feed(Stream):
     """The process that checks an image and feeds it to a builder."""
 
-    def __init__(self, uuid: str, log: int, image: int, memory_max_kib: int) -> None:
-        super().__init__(uuid, log, image, Inspect(memory_max_kib), fed=True)
+    def __init__(self, uuid: str, log: int, image: int, memory_max_kib: int, state: int) -> None:
+        super().__init__(uuid, log, image, Inspect(memory_max_kib), fed=True, state=state)
         self.told = False
 
     def take(self, message: Message) -> Message | None:
@@ -194,6 +194,3 @@ class Sink(Stream):
         if self._next is None or self.failure:
             return None
         return self._failed(f"the image was not compressed: the stream worker {self.child.how()}; the guest runs on")
-
-
-ANSWERS: Final = (Image, Packing, Packed, Failed)

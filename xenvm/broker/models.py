@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The device model of the VM's domain: started through a worker, watched, ended.
 
-It outlives the monitor, as image servers do: what the next monitor needs is in our dom0-only record, and its QMP socket
-has a name that root alone may connect to.
+It outlives the monitor, as image servers do: what the next monitor needs is in our dom0-only record, and its QMP
+sockets have names that root alone may connect to: one for the supervisor's commands, one for saving and resuming.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from xenvm.broker import host
 from xenvm.broker.children import Child
 from xenvm.broker.phases import ON_DEVICES, REBUILDING
 from xenvm.broker.servers import end_server, open_server, server_text
+from xenvm.broker.talks import state_file
 from xenvm.context import suppress
 from xenvm.errors import BusyError, ExitCode, ProtocolError, XenvmError
 
@@ -50,9 +51,15 @@ def uid_of(domid: int) -> int:
         raise XenvmError(f"the user {QEMU_USER} does not exist", hint="run scripts/install-host as root") from None
 
 
-def qmp_path(uuid: str) -> str:
-    """Return the name of the QMP socket of a VM."""
-    return f"{RUN_DIRECTORY}/qmp-{uuid}"
+def qmp_path(uuid: str, *, for_saving: bool = False) -> str:
+    """Return the name of a QMP socket of a VM; each takes one connection at a time."""
+    return f"{RUN_DIRECTORY}/qmp-{uuid}{'.save' if for_saving else ''}"
+
+
+def remove_sockets(uuid: str) -> None:
+    """Remove the names of both. Works twice."""
+    host.remove(qmp_path(uuid))
+    host.remove(qmp_path(uuid, for_saving=True))
 
 
 class Models:
@@ -112,7 +119,7 @@ class Models:
         """End the device model of this text, and remove its socket's name. Works twice."""
         self.forget()
         end_server(server, uid_of(domid))
-        host.remove(qmp_path(self._uuid))
+        remove_sockets(self._uuid)
 
     @property
     def pid(self) -> int:
@@ -124,13 +131,13 @@ class Models:
         """The port of its screen, 0 without one."""
         return self.state.vnc_port if self.state else 0
 
-    def connect(self) -> tuple[int, ...]:
+    def connect(self, *, for_saving: bool = False) -> tuple[int, ...]:
         """Return a connection to QMP, () without a device model that lives."""
         if self.pidfd < 0:
             return ()
         client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            client.connect(qmp_path(self._uuid))
+            client.connect(qmp_path(self._uuid, for_saving=for_saving))
         except OSError:
             client.close()
             return ()
@@ -148,9 +155,13 @@ class Models:
 class Launching:
     """One device model on its way."""
 
-    def __init__(self, grants: Grants, log: int) -> None:
-        """Start the worker now: it makes itself ready while the domain is built."""
+    def __init__(self, grants: Grants, log: int, *, incoming: bool = False) -> None:
+        """Start the worker now: it makes itself ready while the domain is built.
+
+        `incoming`: it begins with the state that somebody writes into the file `incoming` until then.
+        """
         self._grants = grants
+        self.incoming = state_file() if incoming else -1
         self._machine: Machine = grants.machine[0]
         self.worker: Child | None = Child(Role.DEVICEMODEL, log, {}, grants.uuid)
         self._domid, self._pid, self._pidfd, self._port = -1, -1, -1, 0
@@ -178,10 +189,15 @@ class Launching:
                 machine=self._machine,
                 drives=drives,
                 taps=cards,
+                incoming=self.incoming >= 0,
             )
+            handed = [*held, *taps]
+            if self.incoming >= 0:  # opened anew: it is read from its beginning
+                handed.append(os.open(f"/proc/self/fd/{self.incoming}", os.O_RDONLY | os.O_CLOEXEC))
+                held.append(handed[-1])
             if self.worker:
                 with suppress(ProtocolError):  # it has ended already: what it said of that comes next
-                    self.worker.channel.send(launch, [*held, *taps])
+                    self.worker.channel.send(launch, handed)
         finally:
             for descriptor in held:
                 os.close(descriptor)
@@ -217,11 +233,14 @@ class Launching:
             os.close(self._pidfd)
             self._pidfd = -1
         if not succeeded and self._named:
-            host.remove(qmp_path(self._grants.uuid))
+            remove_sockets(self._grants.uuid)
             self._named = False
+        if self.incoming >= 0:
+            os.close(self.incoming)
+            self.incoming = -1
 
     def _sockets(self) -> list[int]:
-        """Return QMP's two ends, then what VNC and the serial port need, as they are wanted."""
+        """Return QMP's three, then what VNC and the serial port need, as they are wanted."""
         made = self._qmp()
         try:
             if self._machine.vnc_port >= 0:
@@ -236,24 +255,26 @@ class Launching:
         return made
 
     def _qmp(self) -> list[int]:
+        """Return the two listening sockets, and one connected to the first."""
+        made = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(3)]
+        listener, saving, client = made
         path = qmp_path(self._grants.uuid)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o177)  # only root may connect
         try:
-            host.remove(path)
-            before = os.umask(0o177)  # only root may connect
-            try:
-                listener.bind(path)
-            finally:
-                os.umask(before)
+            remove_sockets(self._grants.uuid)
             self._named = True
-            listener.listen(4)
+            listener.bind(path)
+            saving.bind(qmp_path(self._grants.uuid, for_saving=True))
+            for listening in (listener, saving):
+                listening.listen(4)
             client.connect(path)
         except OSError as error:
-            listener.close()
-            client.close()
+            for one in made:
+                one.close()
             raise XenvmError(f"device model: cannot make the socket {path}: {error.strerror}") from error
-        return [listener.detach(), client.detach()]
+        finally:
+            os.umask(before)
+        return [one.detach() for one in made]
 
 
 def emulated(grant: DiskGrant) -> bool:

@@ -62,7 +62,7 @@ def change_of(request: Request, book: Book, grants: Grants, descriptors: list[in
     if path:
         acts.append("image", file=path)
         if isinstance(request, Save):
-            return Change(path=path, timeout_s=request.timeout_s)
+            return Change(path=path, timeout_s=request.timeout_s, live=request.live)
         descriptors.append(host.open_in(*path.rsplit("/", 1), read_only=True))
     if len(descriptors) != 1:
         raise UsageError("an image comes as an open descriptor")
@@ -72,7 +72,7 @@ def change_of(request: Request, book: Book, grants: Grants, descriptors: list[in
             acts.append("restore-foreign")
         return Change(image=descriptors[0], timeout_s=timeout_s, force=request.foreign)
     images.check_target(descriptors[0])
-    return Change(image=descriptors[0], timeout_s=request.timeout_s)
+    return Change(image=descriptors[0], timeout_s=request.timeout_s, live=request.live)
 
 
 def note(book: Book, work: Work, done: Done) -> None:

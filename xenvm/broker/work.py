@@ -7,14 +7,17 @@ import os
 import time
 
 from xenvm.boundary.devices import Kind
+from xenvm.boundary.images import Image, Packed, Packing
+from xenvm.boundary.machine import Granted, Wished
 from xenvm.boundary.messages import Done, Failed, Fault, Job, Op
 from xenvm.boundary.privileges import Role
 from xenvm.broker.children import Child
 from xenvm.broker.images import Feed, Sink, identity
 from xenvm.broker.kernels import Kernel
 from xenvm.broker.models import Launching
-from xenvm.broker.phases import PERMITS, RESTORING, SAVING
+from xenvm.broker.phases import LEAVES_SUSPENDED, PERMITS, RESTORING, SAVING
 from xenvm.broker.plugging import Plugging, Wanted
+from xenvm.broker.talks import Talk
 from xenvm.context import suppress
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 from xenvm.imageplace import Target
@@ -28,16 +31,20 @@ if TYPE_CHECKING:
     from xenvm.boundary.messages import Domain, Grants
     from xenvm.broker.actlog import ActLog
     from xenvm.broker.book import Book
+    from xenvm.broker.models import Models
     from xenvm.broker.spares import Spares
 
+ANSWERS: Final = (Image, Packing, Packed, Granted, Failed)
+"""What the builder hears of its partners."""
 POSTPONED_LIMIT: Final = 16  # an honest supervisor asks for one thing after the other
 
 
 class Change(Record):
     """What a job is about: devices to be plugged or taken away, or a save image, as an open descriptor (-1: none).
 
-    `path` is where a new image is to be, in a directory that the host's policy opens.
-    `timeout_s` is how long a guest may take. With `disc` only a disc in a CD drive is taken away.
+    `path` is where a new image is to be, in a directory that the host's policy opens; it is written `live`, or while
+    the guest stands still. `timeout_s` is how long a guest may take. With `disc` only a disc in a CD drive is taken
+    away.
     """
 
     wanted: Wanted = Wanted()
@@ -47,6 +54,7 @@ class Change(Record):
     timeout_s: int = 40
     image: int = -1
     path: str = ""
+    live: bool = False
 
     def job(self, op: Op, domid: int, grants: Grants, plugging: Plugging | None) -> Job:
         """Return what a builder or hotplug worker is told of it."""
@@ -56,6 +64,7 @@ class Change(Record):
             *(op, grants.uuid, domid, grants, planned, self.wanted.vifs, *place),
             *(self.disc, self.force, self.timeout_s),
             restored=identity(self.image) if op is Op.START_RESTORED and self.image >= 0 else "",
+            live=self.live,
         )
 
 
@@ -81,6 +90,8 @@ class Work:
         self.change = change
         self.plugging: Plugging | None = None
         self.feed: Feed | Sink | None = None
+        self.talk: Talk | None = None
+        """With the device model of a guest that is saved, or woken after that."""
         self.created = self.cancelled = False
         self.answer: Message | None = None
         """What to tell at the end instead of how it went: this only tidies up behind something that failed."""
@@ -95,7 +106,7 @@ class Work:
         self.firmware: list[int] = []
         """Firmware loader and BIOS of an HVM guest, which nobody has to unpack."""
 
-    def begin(self, domid: int, grants: Grants, images: list[int], log: int, spares: Spares) -> None:
+    def begin(self, domid: int, grants: Grants, images: list[int], log: int, spares: Spares, models: Models) -> None:
         """Take over the images, kernel first, and give the helper its job when they are ready.
 
         Raise XenvmError when that cannot be begun; nothing of it is left then.
@@ -110,13 +121,18 @@ class Work:
             else:
                 self.initrd = images[1] if len(images) > 1 else -1
                 self.kernel = Kernel(images[0], grants.uuid, log) if images else None
-            launching = Launching(grants, log) if self.firmware else None
+            restores = self.op in RESTORING and self.change.image >= 0
+            machine = bool(grants.machine)
+            launching = Launching(grants, log, incoming=restores) if self.firmware or (machine and restores) else None
             if wanted.disks or wanted.vifs or launching:
                 network = spares.take(Role.NETWORK) if wanted.vifs else None
                 self.plugging = Plugging(grants.uuid, log, wanted, self.change.timeout_s, network, launching)
-            if self.op in RESTORING and self.change.image >= 0:
+            if restores:
                 self.held[:] = [self.change.image] if self.op is Op.START_RESTORED else []  # else it is the request's
-                self.feed = Feed(grants.uuid, log, self.change.image, grants.memory_max_mib << 10)
+                state = launching.incoming if launching else -1
+                self.feed = Feed(grants.uuid, log, self.change.image, grants.memory_max_mib << 10, state)
+            if machine and self.op in LEAVES_SUSPENDED:
+                self.talk = Talk(grants.uuid, log, models, saves=self.op in SAVING)
             if self.op in SAVING and grants.image_compression != "none":
                 self.feed = Sink(grants.uuid, log, self.change.image, grants.memory_max_mib << 10)
             self.job = self.change.job(self.op, domid, grants, self.plugging)
@@ -133,8 +149,12 @@ class Work:
         """The processes that work on it; one that has ended and is forgotten is not among them."""
         more = [*(self.plugging.children if self.plugging else [])]
         more += self.kernel.children if self.kernel else []
-        more += [self.feed.child] if self.feed else []
+        more += [partner.child for partner in (self.feed, self.talk) if partner]
         return [child for child in (self.builder, *more) if child.pidfd >= 0]
+
+    def partner(self, child: Child) -> Feed | Sink | Talk | None:
+        """Return what the builder hears the answers of, if this child is one of those."""
+        return next((one for one in (self.feed, self.talk) if one and one.child is child), None)
 
     def hand_over(self) -> None:
         """Give the builder its job as soon as the kernel is there, if it needs one."""
@@ -146,6 +166,7 @@ class Work:
         images += [self.initrd] if self.initrd >= 0 else []
         if self.feed or self.op in SAVING:
             images = [self.feed.pipe if self.feed else self.change.image]
+            images += [self.talk.state] if self.talk and self.op in SAVING else []
         with suppress(ProtocolError):  # it has ended already: what it said of that comes next
             self.builder.channel.send(job, images)
         if self.feed:
@@ -159,8 +180,9 @@ class Work:
     def stop(self) -> None:
         """End everything that works on it; what it has opened is closed."""
         self.builder.end()
-        if self.feed:
-            self.feed.close()
+        for partner in (self.feed, self.talk):
+            if partner:
+                partner.close()
         if self.plugging:
             self.plugging.close(succeeded=isinstance(self.result, Done))
             self.plugging = None
@@ -199,8 +221,11 @@ class Work:
         self.held.clear()
 
 
-def ask_once(child: Child, message: Message, deadline_s: float) -> Done | Failed:
-    """Ask a fresh helper for one thing, wait for the answer, end it; raise XenvmError when there is none in time."""
+def ask_once(child: Child, message: Message, deadline_s: float, talk: Talk | None = None) -> Done | Failed:
+    """Ask a fresh helper for one thing, wait for the answer, end it; raise XenvmError when there is none in time.
+
+    What it wishes of a device model meanwhile `talk` asks for.
+    """
     end = time.monotonic() + deadline_s
     try:
         child.channel.send(message)
@@ -209,6 +234,8 @@ def ask_once(child: Child, message: Message, deadline_s: float) -> Done | Failed
                 os.close(descriptor)
             if isinstance(received[0], Done | Failed):
                 return received[0]
+            if isinstance(received[0], Wished) and talk:
+                child.channel.send(talk.answer(received[0]))
         child.end(grace_ms=1000)
         raise XenvmError(f"the {child.role} worker {child.how()} without an answer")
     finally:
@@ -224,19 +251,23 @@ def log_job(acts: ActLog, act: str, op: Op, urgent: bool, **details: object) -> 
             raise
 
 
-def let_run(book: Book, grants: Grants, domid: int, log: int, acts: ActLog) -> None:
+def let_run(book: Book, grants: Grants, domid: int, log: int, acts: ActLog, models: Models) -> None:
     """Have a guest that a save has left suspended run on; with its monitor ending, nobody else would.
 
     Without space for the act log that is done all the same.
     """
-    answer, why = None, ""
+    answer, why, talk = None, "", None
     try:
         with suppress(XenvmError):
             acts.append("job", op=Op.RESUME.value, domid=domid)
+        talk = Talk(grants.uuid, log, models, saves=False) if grants.machine else None
         builder = Child(Role.BUILDER, log, {}, grants.uuid)
-        answer = ask_once(builder, Job(Op.RESUME, grants.uuid, domid, grants), PERMITS[Op.RESUME].deadline_s)
+        answer = ask_once(builder, Job(Op.RESUME, grants.uuid, domid, grants), PERMITS[Op.RESUME].deadline_s, talk)
     except XenvmError as error:
         why = error.message[:200]
+    finally:
+        if talk:
+            talk.close()
     if isinstance(answer, Done):
         book.runs_on()
     with suppress(XenvmError):

@@ -55,8 +55,9 @@ class Expected(Record):
     `command` is how it is started, `tails` what may follow that (None: anything). `filters` is how many seccomp
     filters it has at least, its ancestors' among them. `landlock` is the version that its proof must name. `logs` are
     the paths of the monitor's log, `acts` that of its act log. `images` begins the names of the sockets that images
-    of the VM are served on, `model` is the QMP socket of its device model. `simulator` is the directory of a simulated
-    host, "" on a real one: there nobody has a capability, and the bounding set stays as it was.
+    of the VM are served on, `model` is the QMP socket of its device model, which has another for saving. `simulator`
+    is the directory of a simulated host, "" on a real one: there nobody has a capability, and the bounding set stays
+    as it was.
     """
 
     uid: int
@@ -281,7 +282,8 @@ def _of_this_vm(row: Row, descriptor: Descriptor, expected: Expected) -> bool:
     """Tell whether a socket leads to an image server or to the device model, for whom that is meant."""
     if row.role in IMAGE_ROLES and descriptor.peer.startswith(expected.images):
         return True
-    return row.role is Role.SUPERVISOR and descriptor.peer == expected.model != ""
+    models = {Role.SUPERVISOR: expected.model, Role.QMP: f"{expected.model}.save"}
+    return expected.model != "" and descriptor.peer == models.get(row.role)
 
 
 def is_store(name: str) -> bool:

@@ -8,7 +8,7 @@ helper then lets the backends go on.
 from __future__ import annotations
 
 from xenvm.boundary.images import Image, Packed, Packing
-from xenvm.boundary.machine import EndModel, Loaded
+from xenvm.boundary.machine import EndModel, Granted, Loaded, Wish, Wished
 from xenvm.boundary.messages import Created, Failed, Ready
 from xenvm.errors import ExitCode, ProtocolError, TimeoutExpiredError, XenvmError
 from xenvm.helpers import devices
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 IMAGE_WAIT_S: Final = 86400.0  # the job's own deadline, which the broker keeps, is the one that counts
 MODEL_START_WAIT_S: Final = 90.0  # QEMU's own 60 seconds (what xl gives it), and the way there
 MODEL_END_WAIT_S: Final = 20.0  # longer than the broker waits for QEMU to end
+WISH_WAIT_S: Final = 80.0  # longer than the qmp worker waits for QEMU
 
 
 class Devices:
@@ -71,27 +72,36 @@ class Devices:
                 return
         raise ProtocolError("the broker did not end the device model")
 
+    def model(self, wish: Wish) -> None:
+        """Have the device model of a guest that has one do something; raise XenvmError with the reason."""
+        if not self._job.grants.machine:
+            return
+        self._channel.send(Wished(wish))
+        if not isinstance(self._answer(WISH_WAIT_S), Granted):
+            raise ProtocolError(f"the broker did not say whether the device model did {wish}")
+
     def image(self) -> Image:
         """Wait until the image that is to be restored is checked; raise XenvmError with what is wrong with it."""
-        message = self._of_image()
+        message = self._answer(IMAGE_WAIT_S)
         if not isinstance(message, Image):
             raise ProtocolError("the broker did not say what the image is")
         return message
 
     def packing(self) -> None:
         """Wait until somebody will compress the image that is to be saved; raise XenvmError when nobody can."""
-        if not isinstance(self._of_image(), Packing):
+        if not isinstance(self._answer(IMAGE_WAIT_S), Packing):
             raise ProtocolError("the broker did not say whether the image can be compressed")
 
     def packed(self) -> int:
         """Wait until the image is compressed and on the disk; return its length, or raise XenvmError why it is not."""
-        message = self._of_image()
+        message = self._answer(IMAGE_WAIT_S)
         if not isinstance(message, Packed):
             raise ProtocolError("the broker did not say what has become of the image")
         return message.length
 
-    def _of_image(self) -> Message | None:
-        received = self._channel.receive(deadline_s=IMAGE_WAIT_S)
+    def _answer(self, deadline_s: float) -> Message | None:
+        """Return what the broker says next, None when it has ended; what it says that failed is raised."""
+        received = self._channel.receive(deadline_s=deadline_s)
         message = received[0] if received else None
         if isinstance(message, Failed):
             fault = message.fault

@@ -17,7 +17,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
-    from xenvm.boundary.devices import DiskGrant
+    from xenvm.boundary.devices import DiskGrant, NicGrant
+    from xenvm.boundary.machine import Machine
     from xenvm.boundary.messages import Grants
 
 MAGIC: Final = b"Xen saved domain, xl format\n \0 \r"
@@ -29,12 +30,19 @@ LIBXL: Final = struct.Struct(">QII")  # the identification "LibxlFmt", version, 
 LIBXL_IDENT: Final = 0x4C6962786C466D74
 LIBXL_VERSION: Final = 2
 RECORD: Final = struct.Struct("<II")  # type, length of the body; followed by zero bytes up to a multiple of 8
-LIBXL_END, LIBXC_CONTEXT = 0, 1
+LIBXL_END, LIBXC_CONTEXT, EMULATOR_NODES, EMULATOR_STATE = range(4)
+EMULATOR: Final = struct.Struct("<II")  # which one, index; then its state
+QEMU: Final = (2, 0)
 TAIL: Final = RECORD.pack(LIBXL_END, 0)
 
 SEAL: Final = b'"xenvm":{"bytes":"%016x","crc32":"%08x"}'
 UNSEALED: Final = SEAL % (0, 0)
 SEAL_NUMBERS: Final = ((UNSEALED.index(b"0000"), 16), (UNSEALED.rindex(b'"00000000"') + 1, 8))  # where, how long
+CIRRUS_MIB: Final = (8, 16)  # as in the device model's command line
+TIMER_MODES: Final = (
+    *("delay_for_missed_ticks", "no_delay_for_missed_ticks", "no_missed_ticks_pending"),
+    "one_missed_tick_pending",
+)
 _FORMATS: Final = {"qcow": "qcow2", "vhd": "vhd"}
 
 
@@ -55,6 +63,16 @@ def head(grants: Grants) -> Head:
     return Head(content, content.rindex(UNSEALED), streams_at)
 
 
+def emulator_head(state_bytes: int) -> bytes:
+    """Return what stands before the state of a device model."""
+    return RECORD.pack(EMULATOR_STATE, EMULATOR.size + state_bytes) + EMULATOR.pack(*QEMU)
+
+
+def padding(length: int) -> bytes:
+    """Return the zeros that follow a record's body of this length."""
+    return bytes(-length % 8)
+
+
 def seal(length: int, checksum: int) -> bytes:
     """Return what replaces the empty seal: the length of the whole file, and the CRC-32 of its streams."""
     return SEAL % (length, checksum)
@@ -66,26 +84,63 @@ def config(grants: Grants) -> bytes:
     An encrypted disk is not in it: xl could not open one.
     """
     memory_kib, max_kib = grants.memory_mib * 1024, grants.memory_max_mib * 1024
+    machine = grants.machine[0] if grants.machine else None
+    models = {nic.id: nic.model for nic in machine.nic_models} if machine else {}
     told = {
-        "c_info": {"type": "pv", "name": grants.name, "uuid": grants.uuid},
+        "c_info": {"type": "hvm" if machine else "pv", "name": grants.name, "uuid": grants.uuid},
         "b_info": {
             "max_vcpus": grants.vcpus,
             "avail_vcpus": list(range(grants.vcpus)),
             "max_memkb": max_kib,
             "target_memkb": memory_kib,
-            "type.pv": {},
+            **(_machine(machine) if machine else {"type.pv": {}}),
         },
-        "disks": [_disk(disk) for disk in grants.disks if disk.path and not disk.cipher],
-        "nics": [
-            {"devid": nic.id, "mac": nic.mac, **({"bridge": nic.bridge} if nic.bridge else {})} for nic in grants.nics
-        ],
+        "disks": [_disk(disk) for disk in grants.disks if (disk.path or machine) and not disk.cipher],
+        "nics": [_nic(nic, models.get(nic.id, "")) for nic in grants.nics],
     }
     text = jsontext.dumps(told).encode("ascii")
     return text[:-1] + b"," + UNSEALED + b"}"
 
 
+def _machine(machine: Machine) -> dict[str, object]:
+    """Return what of an HVM guest's machine its device model depends on: xl starts one that can take up the state."""
+    screen = machine.vnc_port >= 0
+    card = "none" if not screen else "cirrus" if machine.videoram_mib in CIRRUS_MIB else "std"
+    serial = machine.serial if machine.serial != "tcp" else f"tcp:{machine.serial_host}:{machine.serial_port}"
+    timers = {} if machine.timer_mode < 0 else {"timer_mode": TIMER_MODES[machine.timer_mode]}
+    return {
+        "video_memkb": machine.videoram_mib * 1024,
+        "device_model_version": "qemu_xen",
+        "acpi": _word(machine.acpi),
+        "apic": _word(machine.apic),
+        **timers,
+        "type.hvm": {
+            "bios": "seabios",
+            **{name: _word(getattr(machine, name)) for name in ("pae", "acpi", "apic", "nx", "viridian")},
+            "hpet": _word(machine.hpet != 0),
+            "vpt_align": _word(machine.vpt_align != 0),
+            "vga": {"kind": card},
+            "vnc": {"enable": _word(screen), **({"listen": machine.vnc_host} if screen and machine.vnc_host else {})},
+            **({"serial": serial} if machine.serial != "none" else {}),
+            **({"boot": machine.boot} if machine.boot else {}),
+            **({"usb": "True", "usbdevice": "tablet"} if screen else {}),
+        },
+    }
+
+
+def _word(value: bool) -> str:
+    """Return what libxl takes for a truth value that may also be left out."""
+    return str(value)
+
+
+def _nic(nic: NicGrant, model: str) -> dict[str, object]:
+    told: dict[str, object] = {"devid": nic.id, "mac": nic.mac}
+    return told | ({"bridge": nic.bridge} if nic.bridge else {}) | ({"model": model} if model else {})
+
+
 def _disk(disk: DiskGrant) -> dict[str, object]:
-    told: dict[str, object] = {"pdev_path": disk.path, "vdev": disk.name, "format": _FORMATS.get(disk.type, "raw")}
+    form = _FORMATS.get(disk.type, "raw") if disk.path else "empty"
+    told: dict[str, object] = {"pdev_path": disk.path, "vdev": disk.name, "format": form}
     if disk.cdrom:
         return told | {"removable": 1, "is_cdrom": 1}
     return told if disk.read_only else told | {"readwrite": 1}

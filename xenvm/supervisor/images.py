@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 COMMANDS: Final = ("suspend", "checkpoint", "restore")
 CANCELLABLE: Final = frozenset(COMMANDS)
+NUMBERS: Final = ("image_bytes", "rounds", "still_ms")
 SUSPEND_WAIT_S: Final = 60.0  # a guest that suspends does within a second or two
 COMMIT_WAIT_S: Final = 60.0  # for the client to give the file its name
 
 
-def request(name: str, sequence: int, params: Params) -> tuple[Event, Op, Save | Restore]:
+def request(name: str, sequence: int, params: Params, *, hvm: bool) -> tuple[Event, Op, Save | Restore]:
     """Return what a command does to the VM, and what to ask of the broker; raise XenvmError when it cannot be done."""
     if name == "restore":
         paused = boolean(params, "paused")
@@ -30,7 +31,8 @@ def request(name: str, sequence: int, params: Params) -> tuple[Event, Op, Save |
         boolean(params, "delete")  # whoever gave the command does that
         event = Event.RESTORE_PAUSED if paused else Event.RESTORE
         return event, Op.RESTORE_PAUSED if paused else Op.RESTORE, Restore(sequence, paused, foreign)
-    if boolean(params, "live"):
+    live = boolean(params, "live")
+    if live and not hvm:
         raise WrongStateError(
             f"{name}: a PV guest cannot be saved live here: that needs a hypervisor with shadow paging (log-dirty mode "
             "for PV), which Debian's is not",
@@ -38,8 +40,8 @@ def request(name: str, sequence: int, params: Params) -> tuple[Event, Op, Save |
         )
     timeout_s = max(1, round(seconds(params, "timeout", SUSPEND_WAIT_S)))
     if name == "checkpoint":
-        return Event.CHECKPOINT, Op.CHECKPOINT, Save(sequence, True, timeout_s)
-    return Event.SUSPEND, Op.SAVE, Save(sequence, False, timeout_s)
+        return Event.CHECKPOINT, Op.CHECKPOINT, Save(sequence, True, timeout_s, live=live)
+    return Event.SUSPEND, Op.SAVE, Save(sequence, False, timeout_s, live=live)
 
 
 def placed(
@@ -68,8 +70,12 @@ def placed(
 
 
 def size(text: str) -> dict[str, object]:
-    """Return what a command says of the image that it has made."""
-    count, _, compression = text.partition(" ")
-    if not count.isascii() or not count.isdigit():
-        return {}
-    return {"image_bytes": int(count), **({"image_compression": compression} if compression else {})}
+    """Return what a command says of the image that it has made, from what the builder says: pairs KEY=VALUE."""
+    told: dict[str, object] = {}
+    for word in text.split(" "):
+        key, _, value = word.partition("=")
+        if key in NUMBERS and value.isascii() and value.isdigit():
+            told[key] = int(value)
+        elif key == "image_compression" and value == "zstd":
+            told[key] = value
+    return told

@@ -11,6 +11,7 @@ import select
 import time
 
 from xenvm.boundary import machine
+from xenvm.boundary.images import Progress
 from xenvm.boundary.messages import (
     Ask,
     Domain,
@@ -22,7 +23,6 @@ from xenvm.boundary.messages import (
     Op,
     Phase,
     Plug,
-    Progress,
     Watch,
 )
 from xenvm.errors import (
@@ -164,9 +164,7 @@ class Supervisor(Desk):
             if self._model.adopt(descriptors.pop() if descriptors else -1, message.vnc_port):
                 self._epoll.register(self._model.fileno(), select.EPOLLIN)
         elif isinstance(message, Progress):
-            self._step = {"step": message.step}
-            if message.total_kib:
-                self._step |= {"done_kib": message.done_kib, "total_kib": message.total_kib}
+            self._step = message.told()
             self._publish("progress", self._step)
         elif isinstance(message, Done | Failed) and message.sequence in {*self._handovers, *self._device_asks}:
             if self._asked and self._asked[0] == message.sequence:
@@ -452,7 +450,7 @@ class Supervisor(Desk):
         if self._wait_for_broker(name, client, request):
             return
         self._sequence += 1
-        event, op, message = images.request(name, self._sequence, request.params)
+        event, op, message = images.request(name, self._sequence, request.params, hvm=answers.is_hvm(self._init))
         after, _ = step(self._vm, Happening(event, now_s))  # raises before anything has changed
         handed = client.take_handed()
         try:

@@ -29,15 +29,18 @@ def paging_bytes(vcpus: int, memory_mib: int) -> int:
     return 4096 * (VCPU_POOL_PAGES * vcpus + memory_mib)
 
 
-def set_parameters(xen: Hypervisor, domid: int, machine: Machine) -> None:
-    """Set the parameters that shape timers and enlightenments; what is not said is left as xl leaves it."""
+def set_parameters(xen: Hypervisor, domid: int, machine: Machine, *, restores: bool) -> None:
+    """Set the parameters that shape timers and enlightenments; what is not said is left as xl leaves it.
+
+    The enlightenments are in an image, and Xen takes them once.
+    """
     for parameter, value, what in (
         (lib.HVM_PARAM_HPET_ENABLED, 1 if machine.hpet < 0 else machine.hpet, "hpet"),
         (lib.HVM_PARAM_VPT_ALIGN, 1 if machine.vpt_align < 0 else machine.vpt_align, "vpt-align"),
         (lib.HVM_PARAM_TIMER_MODE, 1 if machine.timer_mode < 0 else machine.timer_mode, "timer-mode"),
     ):
         xen.set_parameter(domid, parameter, value, what)
-    if machine.viridian:  # off is not to be said: Xen refuses a 0
+    if machine.viridian and not restores:  # off is not to be said: Xen refuses a 0
         xen.set_parameter(domid, lib.HVM_PARAM_VIRIDIAN, VIRIDIAN_FEATURES, "viridian")
     if machine.timeoffset_s:
         xen.set_time_offset(domid, machine.timeoffset_s)

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from xenvm.boundary.messages import Affinity, CpuidRule, Domain, Grants
     from xenvm.helpers.saved import Head
 
-    Frames = Callable[[int, int], None]
-
+NOT_KNOWN: Final = -1
 SHUTDOWN_POWEROFF: Final = 0  # xen/sched.h
 SHUTDOWN_SUSPEND: Final = 2
 SHUTDOWN_CRASH: Final = 3
@@ -53,6 +52,21 @@ class Channels(Record):
     store_domid: int
     console_port: int
     console_domid: int
+
+
+class Hooks(Record):
+    """What the writer of an image calls while it writes.
+
+    `suspend` has the guest suspended, and raises when it does not. `frames` hears of page frames done, and of how many
+    there are. `track` has an HVM guest's device model note what it writes to, or not any more. `go_on` is asked before
+    each round over the memory of a guest that still runs: it is told the round, the pages written, and those that the
+    guest has written to since (NOT_KNOWN: not known yet); False: suspend it now.
+    """
+
+    suspend: Callable[[], None]
+    frames: Callable[[int, int], None]
+    track: Callable[[bool], None]
+    go_on: Callable[[int, int, int], bool]
 
 
 class Hypervisor(ABC):
@@ -100,15 +114,14 @@ class Hypervisor(ABC):
         """Build the guest in `domid` from the descriptors `kernel` and `initrd`."""
 
     @abstractmethod
-    def save_pv(self, domid: int, image: int, grants: Grants, suspend: Callable[[], None], frames: Frames) -> Head:
-        """Write the whole image of a running domain; `suspend` has the guest suspended and raises when it does not.
+    def save(self, domid: int, image: int, grants: Grants, hooks: Hooks, *, live: bool) -> Head:
+        """Write the image of a running domain, up to the state of its device model, if it has one.
 
-        `frames` hears of page frames done, and of how many there are. The domain is left as it is then, suspended or
-        not: resuming is the caller's.
+        The domain is left as it is then, suspended or not: resuming is the caller's.
         """
 
     @abstractmethod
-    def restore_pv(self, domid: int, stream: int, channels: Channels) -> Rings:
+    def restore(self, domid: int, stream: int, channels: Channels) -> Rings:
         """Fill an empty domain from the stream that comes out of a pipe."""
 
     @abstractmethod
@@ -162,8 +175,13 @@ class Hypervisor(ABC):
         """Create an empty, paused HVM domain whose handle is `uuid`; return its domid."""
 
     @abstractmethod
-    def prepare_hvm(self, domid: int, vcpus: int, machine: Machine, *, memory_kib: int, memory_mib: int) -> None:
-        """Give a fresh domain its vcpus, memory limit, the pool for its page tables, timers and clock."""
+    def prepare_hvm(
+        self, domid: int, vcpus: int, machine: Machine, *, memory_kib: int, memory_mib: int, restores: bool
+    ) -> None:
+        """Give a fresh domain its vcpus, memory limit, the pool for its page tables, timers and clock.
+
+        What an image tells of, a domain that it `restores` gets from there.
+        """
 
     @abstractmethod
     def load_hvm(
@@ -178,6 +196,14 @@ class Hypervisor(ABC):
         channels: Channels,
     ) -> Rings:
         """Build the guest in `domid` from the descriptors of firmware loader and BIOS."""
+
+    @abstractmethod
+    def suspend(self, domid: int) -> None:
+        """Stop the domain as one that has suspended, which knows nothing of it: an HVM guest without PV drivers."""
+
+    @abstractmethod
+    def stop_tracking(self, domid: int) -> None:
+        """Have the hypervisor not note any more which memory the guest writes to; right at any moment."""
 
     @abstractmethod
     def crash(self, domid: int) -> None:

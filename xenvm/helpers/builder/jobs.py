@@ -17,7 +17,7 @@ from xenvm.context import suppress
 from xenvm.errors import BusyError, ExitCode, ProtocolError, TimeoutExpiredError, WrongStateError, XenvmError
 from xenvm.helpers import devices
 from xenvm.helpers.builder import cpuid, tree
-from xenvm.helpers.builder.hypervisor import Channels
+from xenvm.helpers.builder.hypervisor import SHUTDOWN_SUSPEND, Channels
 from xenvm.helpers.builder.saving import Saving
 from xenvm.record import MappingProxyType
 
@@ -49,7 +49,6 @@ RESTORING: Final = frozenset({Op.RESTORE, Op.RESTORE_PAUSED, Op.START_RESTORED})
 PAUSED: Final = frozenset({Op.BUILD_PAUSED, Op.START_PAUSED, Op.RESTORE_PAUSED})
 TRIGGERS: Final = MappingProxyType({Op.PRESS_POWER: "power", Op.NMI: "nmi"})
 LOOKING: Final = STARTING | CREATING | {Op.FIND}
-NOT_FOR_HVM: Final = RESTORING | {Op.SAVE, Op.CHECKPOINT}
 SHUTDOWN_WORDS: Final = MappingProxyType({Op.ASK_POWEROFF: "poweroff", Op.ASK_REBOOT: "reboot"})
 
 
@@ -71,8 +70,6 @@ class Builder:
             return Done(0, self._ours(job), self._console(job))
         if job.op is Op.S_STATE:
             return Done(0, self._ours(job), self._sleep_state(job))
-        if job.grants.machine and job.op in NOT_FOR_HVM:
-            raise WrongStateError(f"{job.op}: this version saves and restores PV guests only")
         domain, text = self._act(job, images)
         present = domain.state not in (DomainState.ABSENT, DomainState.DYING)
         models = self._models(job.uuid) if job.op in LOOKING and present else ()
@@ -92,7 +89,7 @@ class Builder:
             return NO_DOMAIN, text
         if job.op in (Op.SAVE, Op.CHECKPOINT):
             saving = Saving(self._xen, self._store, job, self._progress, self._plugging)
-            text = saving.run(images[0], self._ours(job), go_on=job.op is Op.CHECKPOINT)
+            text = saving.run(images, self._ours(job), go_on=job.op is Op.CHECKPOINT)
         elif job.op is not Op.QUERY:
             self._ACTIONS[job.op](self, self._ours(job), job)
         return self._look(job), text
@@ -190,7 +187,8 @@ class Builder:
         if machine:
             tree.write_machine(store, domid, job.uuid, machine)
             limit_kib = memory_kib + MAXMEM_SLACK_KIB * (1 + len(grants.nics))  # the cards' ROMs are the guest's memory
-            xen.prepare_hvm(domid, grants.vcpus, machine, memory_kib=limit_kib, memory_mib=grants.memory_mib)
+            size = {"memory_kib": limit_kib, "memory_mib": grants.memory_mib}
+            xen.prepare_hvm(domid, grants.vcpus, machine, **size, restores=job.op in RESTORING)
         else:
             xen.prepare_pv(domid, grants.vcpus, memory_kib=memory_kib + MAXMEM_SLACK_KIB, map_kib=max_kib)
         xen.pin(domid, grants.affinity)
@@ -260,7 +258,7 @@ class Builder:
 
         def load(domid: int, channels: Channels) -> Rings:
             self._progress("reading the image", 0, 0)
-            return self._xen.restore_pv(domid, streams[0], channels)
+            return self._xen.restore(domid, streams[0], channels)
 
         return self._build(job, load)
 
@@ -357,10 +355,17 @@ class Builder:
 
     def _resume(self, domain: Domain, _job: Job) -> None:
         self._withdraw(domain, _job)
-        Saving(self._xen, self._store, _job, self._progress, self._plugging).resume()
+        Saving(self._xen, self._store, _job, self._progress, self._plugging).settle()
 
     def _crash(self, domain: Domain, _job: Job) -> None:
-        if domain.state is not DomainState.SHUTDOWN:
+        """Stop the domain as crashed; one that is suspended is so for its monitor, and would wait for being woken."""
+        if domain.state is DomainState.SHUTDOWN and domain.reason == SHUTDOWN_SUSPEND:
+            self._xen.pause(domain.domid)  # it must not run for a moment: its device model is gone
+            self._xen.resume(domain.domid)
+            self._store.resume(domain.domid)
+            self._xen.crash(domain.domid)
+            self._xen.unpause(domain.domid)
+        elif domain.state is not DomainState.SHUTDOWN:
             self._xen.crash(domain.domid)
 
     def _press(self, domain: Domain, job: Job) -> None:

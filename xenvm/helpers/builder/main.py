@@ -7,7 +7,8 @@
 """
 
 from xenvm.boundary.frames import Channel
-from xenvm.boundary.messages import NO_DOMAIN, Domain, Failed, Fault, Job, Progress
+from xenvm.boundary.images import Progress
+from xenvm.boundary.messages import NO_DOMAIN, Domain, Failed, Fault, Job
 from xenvm.boundary.place import HERE
 from xenvm.boundary.privileges import Role
 from xenvm.errors import ExitCode, ProtocolError, XenvmError

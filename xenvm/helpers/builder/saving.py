@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import time
 
+from xenvm.boundary.machine import STATE_LIMIT_BYTES, Wish
 from xenvm.boundary.messages import DomainState
 from xenvm.context import suppress
-from xenvm.errors import TimeoutExpiredError, WrongStateError, XenvmError
-from xenvm.helpers import imagefile
+from xenvm.errors import ProtocolError, TimeoutExpiredError, WrongStateError, XenvmError
+from xenvm.helpers import imagefile, saved
 from xenvm.helpers.builder import image, tree
-from xenvm.helpers.builder.hypervisor import SHUTDOWN_SUSPEND
+from xenvm.helpers.builder.hypervisor import NOT_KNOWN, SHUTDOWN_SUSPEND, Hooks
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,10 +27,13 @@ if TYPE_CHECKING:
     from xenvm.helpers.exchange import Devices
     from xenvm.helpers.store import Store
 
-    Tell = Callable[[str, int, int], None]
+    Tell = Callable[..., None]
 
 POLL_S: Final = 0.02
 TELL_PAUSE_S: Final = 0.5  # between two messages about how far it is
+ROUNDS_LIMIT: Final = 5  # over the memory of a guest that still runs, and the pages that are few: as in libxenguest
+FEW_PAGES: Final = 50
+WRITTEN_LIMIT: Final = 1.5  # of the guest's memory, before it is suspended after all: an image has a largest size
 LATE_S: Final = 5.0  # for a guest that has acknowledged, when saving has failed by then, until it is suspended
 
 
@@ -39,32 +43,43 @@ class Saving:
     def __init__(self, xen: Hypervisor, store: Store, job: Job, tell: Tell, broker: Devices) -> None:
         self._xen, self._store, self._job, self._tell, self._broker = xen, store, job, tell, broker
         self._asked = False
-        self._told_s = 0.0
+        self._told_s = self._stopped_s = 0.0
+        self._memory_kib = 0
+        self._round, self._round_s, self._dirty = 0, 0.0, NOT_KNOWN
 
-    def run(self, descriptor: int, domain: Domain, *, go_on: bool) -> str:
-        """Write the image; return its length in bytes, and how it is compressed, if it is.
+    def run(self, descriptors: list[int], domain: Domain, *, go_on: bool) -> str:
+        """Write the image; return what there is to say of it: its length, how long the guest stood still.
 
-        `go_on` lets the guest run again, else it stays suspended. On any failure it runs on. An image that is to be
-        compressed is written into a pipe; a process at its other end puts it on the disk.
+        `descriptors` are the image and, of an HVM guest, the file with the state of its device model. `go_on` lets the
+        guest run again, else it stays suspended. On any failure it runs on. An image that is to be compressed is
+        written into a pipe; a process at its other end puts it on the disk.
         """
         if domain.state is not DomainState.RUNNING:
             raise WrongStateError(f"domain {domain.domid} is {domain.state}: a guest suspends only while it runs")
-        compression = self._job.grants.image_compression
+        compression, descriptor = self._job.grants.image_compression, descriptors[0]
+        self._memory_kib = domain.memory_kib
         if compression == "none":
             imagefile.check_space(descriptor, domain.memory_kib << 10)
         else:
             self._broker.packing()
         grants = self._as_built(domain.domid)
+        hooks = Hooks(self._suspend, self._frames, self._track, self._another)
         try:
-            head = self._xen.save_pv(domain.domid, descriptor, grants, self._suspend, self._frames)
+            head = self._xen.save(domain.domid, descriptor, grants, hooks, live=self._job.live)
+            for state in descriptors[1:]:
+                _append_state(descriptor, state)
+            imagefile.write(descriptor, saved.TAIL)
             if go_on:
                 self.resume()
                 self._asked = False
+            still_ms = round((time.monotonic() - self._stopped_s) * 1000)
             self._tell("finishing the image", 0, 0)
             if compression == "none":
-                return str(image.finish(descriptor, head, self._xen.punch))
-            os.close(descriptor)
-            return f"{self._broker.packed()} {compression}"
+                told = f"image_bytes={image.finish(descriptor, head, self._xen.punch)}"
+            else:
+                os.close(descriptor)
+                told = f"image_bytes={self._broker.packed()} image_compression={compression}"
+            return f"{told} still_ms={still_ms}" + (f" rounds={self._round}" if self._job.live else "")
         except BaseException:
             if self._asked:
                 with suppress(XenvmError):  # the first failure is the one to tell; the next look resumes it
@@ -74,22 +89,31 @@ class Saving:
     def _as_built(self, domid: int) -> Grants:
         """Return the grants with the memory and the vcpus that this domain has: the config may be a newer one."""
         kib = {}
-        for name in ("static-max", "target"):
+        for name in ("static-max", "target", "videoram"):
             path = f"{tree.domain_path(domid)}/memory/{name}"
             value = self._store.read(path) or b""
             if not value.isdigit():
                 raise XenvmError(f"the node {path} does not say how much memory the guest has: nothing was saved")
             kib[name] = int(value)
         return self._job.grants.but(
-            memory_mib=kib["target"] >> 10, memory_max_mib=kib["static-max"] >> 10, vcpus=self._xen.vcpus(domid)
+            memory_mib=(kib["target"] + kib["videoram"]) >> 10,
+            memory_max_mib=kib["static-max"] >> 10,
+            vcpus=self._xen.vcpus(domid),
         )
 
     def _suspend(self) -> None:
-        """Ask the guest to suspend, and wait until it has."""
+        """Ask the guest to suspend, and wait until it has; then its device model stands still and says its state.
+
+        An HVM guest without PV drivers, or one that sleeps, is suspended without a word.
+        """
         self._tell("waiting for the guest to suspend", 0, 0)
-        path = self._request_path
-        self._asked = True
-        self._store.write(path, "suspend")
+        path, domid = self._request_path, self._job.domid
+        self._asked, self._stopped_s = True, time.monotonic()
+        machine = bool(self._job.grants.machine)
+        if machine and not (self._xen.has_drivers(domid) and self._xen.sleep_state(domid) == 0):
+            self._xen.suspend(domid)
+        else:
+            self._store.write(path, "suspend")
         end = time.monotonic() + self._job.timeout_s
         while (domain := self._look()).state is not DomainState.SHUTDOWN:
             if domain.state in (DomainState.ABSENT, DomainState.DYING):
@@ -101,6 +125,7 @@ class Saving:
             time.sleep(POLL_S)
         if domain.reason != SHUTDOWN_SUSPEND:
             raise WrongStateError("the guest ended instead of suspending")
+        self._broker.model(Wish.SAVE)
         self._tell("writing the image", 0, 0)
 
     def _why_not(self) -> str:
@@ -115,7 +140,25 @@ class Saving:
         now_s = time.monotonic()
         if now_s - self._told_s >= TELL_PAUSE_S:
             self._told_s = now_s
-            self._tell("writing the image", done * image.PAGE_KIB, total * image.PAGE_KIB)
+            kib = (done * image.PAGE_KIB, total * image.PAGE_KIB)
+            if self._asked or not self._job.live:
+                self._tell("writing the image", *kib)
+            else:
+                rate_kib_s = round(kib[0] / max(now_s - self._round_s, POLL_S))
+                self._tell("writing the memory of the running guest", *kib, self._round + 1, self._dirty, rate_kib_s)
+
+    def _track(self, enable: bool) -> None:
+        self._broker.model(Wish.TRACK if enable else Wish.UNTRACK)
+
+    def _another(self, rounds: int, written: int, dirty: int) -> bool:
+        """Tell whether to go once more over the memory of the running guest, after so many rounds."""
+        if rounds != self._round or not self._round_s:
+            self._round, self._round_s = rounds, time.monotonic()
+        if dirty == NOT_KNOWN:
+            return True
+        self._dirty = dirty if rounds else NOT_KNOWN
+        most = WRITTEN_LIMIT * self._memory_kib / image.PAGE_KIB
+        return not rounds or (rounds < ROUNDS_LIMIT and dirty >= FEW_PAGES and written < most)
 
     def _give_up(self) -> None:
         """Let the guest run on; one that has taken the request just now is waited for, for a moment."""
@@ -126,13 +169,22 @@ class Saving:
             time.sleep(POLL_S)
         self.resume()
 
+    def settle(self) -> None:
+        """End what a builder has left that has died over saving: the tracking of a live guest's memory, and sleep."""
+        if self._job.grants.machine:
+            self._xen.stop_tracking(self._job.domid)
+            with suppress(XenvmError):  # a device model that is not there tracks nothing
+                self._broker.model(Wish.UNTRACK)
+        self.resume()
+
     def resume(self) -> None:
-        """Wake the domain in place if it is suspended.
+        """Wake the domain in place if it is suspended, its device model before it.
 
         Of one that runs xenstored is told too: whoever has woken it may have died before that.
         """
         domain = self._look()
         if domain.state is DomainState.SHUTDOWN and domain.reason == SHUTDOWN_SUSPEND:
+            self._broker.model(Wish.RUN)
             self._xen.resume(domain.domid)
         elif domain.state not in (DomainState.RUNNING, DomainState.PAUSED):
             return
@@ -147,3 +199,18 @@ class Saving:
     @property
     def _request_path(self) -> str:
         return f"{tree.domain_path(self._job.domid)}/control/shutdown"
+
+
+def _append_state(image_file: int, state: int) -> None:
+    """Write what a device model has said of its state into the image; it is not looked at."""
+    size = os.fstat(state).st_size
+    if not 0 < size <= STATE_LIMIT_BYTES:
+        raise ProtocolError(f"device model: it wrote a state of {size} bytes")
+    imagefile.write(image_file, saved.emulator_head(size))
+    left, at = size, 0
+    while left and (content := os.pread(state, min(left, image.CHUNK_BYTES), at)):
+        imagefile.write(image_file, content)
+        at, left = at + len(content), left - len(content)
+    imagefile.write(image_file, saved.padding(saved.EMULATOR.size + size))
+    if left:
+        raise ProtocolError("device model: its state has become shorter")

@@ -17,11 +17,10 @@ from xenvm.simulator.client import Machine, MachineError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any, NoReturn
 
     from xenvm.boundary.messages import Grants
-    from xenvm.helpers.builder.hypervisor import Frames
+    from xenvm.helpers.builder.hypervisor import Hooks
 
     Told = dict[str, Any]
 
@@ -81,24 +80,21 @@ class Hypervisor(hypervisor.Hypervisor):
         frames = self._call("load", domid=domid, cmdline=cmdline, memory_mib=memory_mib, image_bytes=size)
         return Rings(**frames)
 
-    def save_pv(
-        self, domid: int, image: int, grants: Grants, suspend: Callable[[], None], frames: Frames
-    ) -> saved.Head:
+    def save(self, domid: int, image: int, grants: Grants, hooks: Hooks, *, live: bool) -> saved.Head:  # noqa: ARG002
         """Write the whole image of a running domain: its state, in the form that real ones have."""
         head = saved.head(grants)
         imagefile.write(image, head.content)
-        suspend()
+        hooks.suspend()
         told = self._call("memory", domid=domid)
         total = told["memory_kib"] // images.PAGE_KIB
         done = 0
         for part in pages.stream(told["state"], told["memory_kib"]):
             imagefile.write(image, part)
             done = min(total, done + len(part) // images.PAGE_BYTES)
-            frames(done, total)
-        imagefile.write(image, saved.TAIL)
+            hooks.frames(done, total)
         return head
 
-    def restore_pv(self, domid: int, stream: int, channels: Channels) -> Rings:  # noqa: ARG002
+    def restore(self, domid: int, stream: int, channels: Channels) -> Rings:  # noqa: ARG002
         """Give the domain the state that the stream tells of."""
         return Rings(**self._call("restore", domid=domid, state=pages.state_in(stream)))
 
@@ -158,7 +154,7 @@ class Hypervisor(hypervisor.Hypervisor):
         """Refuse: there is no firmware to run, and no device model to talk to."""
         raise HypervisorError("a simulated host runs no HVM guests")
 
-    create_hvm = prepare_hvm = load_hvm = crash = press = has_drivers = sleep_state = _no_hvm
+    create_hvm = prepare_hvm = load_hvm = suspend = stop_tracking = crash = press = has_drivers = sleep_state = _no_hvm
 
 
 def _domain(told: Told) -> Domain:

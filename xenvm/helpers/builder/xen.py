@@ -16,6 +16,7 @@ from xenvm.helpers.builder import hypervisor
 from xenvm.helpers.builder.hypervisor import (
     SHUTDOWN_CRASH,
     SHUTDOWN_POWEROFF,
+    SHUTDOWN_SUSPEND,
     Channels,
     HostMemory,
     HypervisorError,
@@ -24,12 +25,12 @@ from xenvm.helpers.builder.hypervisor import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from typing import Any, Final
 
     from xenvm.boundary.machine import Machine
     from xenvm.boundary.messages import Grants
-    from xenvm.helpers.builder.hypervisor import Frames
+    from xenvm.helpers.builder.hypervisor import Hooks
     from xenvm.helpers.saved import Head
 
 try:
@@ -135,14 +136,16 @@ class Hypervisor(hypervisor.Hypervisor):
         self.check(lib.xc_domain_set_memmap_limit(self._xch, domid, map_kib), "setting the memory map limit")
         self.check(lib.xc_domain_set_tsc_info(self._xch, domid, 0, 0, 0, 0), "setting the time stamp counter mode")
 
-    def prepare_hvm(self, domid: int, vcpus: int, machine: Machine, *, memory_kib: int, memory_mib: int) -> None:
+    def prepare_hvm(
+        self, domid: int, vcpus: int, machine: Machine, *, memory_kib: int, memory_mib: int, restores: bool
+    ) -> None:
         """Give a fresh domain its vcpus, memory limit, the pool for its page tables, timers and clock."""
         self.check(lib.xc_domain_max_vcpus(self._xch, domid, vcpus), f"giving the domain {vcpus} vcpus")
         self.check(lib.xc_domain_setmaxmem(self._xch, domid, memory_kib), "setting the memory limit")
         self.check(lib.xc_domain_set_tsc_info(self._xch, domid, 0, 0, 0, 0), "setting the time stamp counter mode")
         pool = hvm.paging_bytes(vcpus, memory_mib)
         self.check(lib.xc_set_paging_mempool_size(self._xch, domid, pool), "setting the page table pool")
-        hvm.set_parameters(self, domid, machine)
+        hvm.set_parameters(self, domid, machine, restores=restores)
 
     def load_hvm(
         self,
@@ -250,11 +253,11 @@ class Hypervisor(hypervisor.Hypervisor):
             channels=channels,
         )
 
-    def save_pv(self, domid: int, image: int, grants: Grants, suspend: Callable[[], None], frames: Frames) -> Head:
-        """Write the whole image of a running domain."""
-        return transfer.save(self, domid, image, grants, suspend, frames)
+    def save(self, domid: int, image: int, grants: Grants, hooks: Hooks, *, live: bool) -> Head:
+        """Write the image of a running domain, up to the state of its device model, if it has one."""
+        return transfer.save(self, domid, image, grants, hooks, live=live)
 
-    def restore_pv(self, domid: int, stream: int, channels: Channels) -> Rings:
+    def restore(self, domid: int, stream: int, channels: Channels) -> Rings:
         """Fill an empty domain from the stream that comes out of a pipe."""
         return transfer.restore(self, domid, stream, channels)
 
@@ -285,6 +288,14 @@ class Hypervisor(hypervisor.Hypervisor):
     def power_off(self, domid: int) -> None:
         """Cut the power as the guest sees it; the domain object stays, with reason poweroff."""
         self.check(lib.xc_domain_shutdown(self._xch, domid, SHUTDOWN_POWEROFF), "forcing the domain off")
+
+    def suspend(self, domid: int) -> None:
+        """Stop the domain as one that has suspended."""
+        self.check(lib.xc_domain_shutdown(self._xch, domid, SHUTDOWN_SUSPEND), "suspending the domain")
+
+    def stop_tracking(self, domid: int) -> None:
+        """Have Xen not note any more which memory the guest writes to; it refuses where it does not."""
+        lib.xenvm_stop_tracking(self._xch, domid)
 
     def crash(self, domid: int) -> None:
         """Stop the domain as one that has crashed; the domain object stays."""

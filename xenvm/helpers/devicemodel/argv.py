@@ -27,9 +27,11 @@ class Descriptors(Record):
     """Numbers in QEMU of what it was handed; -1 without one."""
 
     qmp: int
+    saving: int
     serial: int
     drives: tuple[tuple[int, ...], ...]
     taps: tuple[int, ...]
+    incoming: int
 
 
 def command(launch: Launch, descriptors: Descriptors, uid: int, major: int) -> list[str]:
@@ -37,7 +39,8 @@ def command(launch: Launch, descriptors: Descriptors, uid: int, major: int) -> l
     machine = launch.machine
     return [
         *(PROGRAM, "-xen-domid", str(launch.domid), "-xen-domid-restrict", "-no-shutdown", "-S"),
-        *("-chardev", f"socket,id=qmp,fd={descriptors.qmp},server=on,wait=off", "-mon", "chardev=qmp,mode=control"),
+        *_monitor("qmp", descriptors.qmp),
+        *_monitor("saving", descriptors.saving),
         *("-nodefaults", "-no-user-config", "-name", launch.name, "-uuid", launch.uuid),
         *("-display", "none", "-vnc", "none"),  # the socket to listen on comes later, as a descriptor
         *(("-k", machine.keymap) if machine.keymap else ()),
@@ -50,9 +53,14 @@ def command(launch: Launch, descriptors: Descriptors, uid: int, major: int) -> l
         *_machine(machine, major),
         *("-m", str(launch.memory_mib - machine.videoram_mib)),
         *_drives(launch, descriptors),
+        *(("-incoming", f"fd:{descriptors.incoming}") if launch.incoming else ()),
         *_confinement(uid, major),
         *(word for extra in machine.extra for word in (f"-{extra.key}", extra.value) if word),
     ]
+
+
+def _monitor(name: str, descriptor: int) -> tuple[str, ...]:
+    return "-chardev", f"socket,id={name},fd={descriptor},server=on,wait=off", "-mon", f"chardev={name},mode=control"
 
 
 def _confinement(uid: int, major: int) -> tuple[str, ...]:

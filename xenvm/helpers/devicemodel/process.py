@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 START_WAIT_S: Final = 60.0  # what xl gives it
 VERSION_WAIT_S: Final = 30.0
 LAST_WORDS_BYTES: Final = 2048
+POLL_S: Final = 0.02
 VERSION: Final = b"QEMU emulator version "
 PTY: Final = "pty:"
 _ABOVE_TARGETS: Final = 128
@@ -67,12 +68,12 @@ class Qemu:
 
     def __init__(self, launch: Launch, handed: list[int], uid: int, major: int) -> None:
         """Start it; raise XenvmError when the program cannot be run. `handed` are the message's, and taken over."""
-        log, listener, client, *rest = handed
+        log, listener, saving, client, *rest = handed
         self._log = log
         self._client = socket.socket(fileno=os.dup(client))
         self._vnc = rest.pop(0) if launch.machine.vnc_port >= 0 else -1
         self._launch = launch
-        sources = [listener, *rest]
+        sources = [listener, saving, *rest]
         targets = range(_FIRST_TARGET, _FIRST_TARGET + len(sources))
         command = argv.command(launch, self._numbers(targets), uid, major)
         self._end = time.monotonic() + START_WAIT_S
@@ -85,10 +86,11 @@ class Qemu:
 
     def _numbers(self, targets: range) -> argv.Descriptors:
         numbers = iter(targets)
-        qmp = next(numbers)
+        qmp, saving = next(numbers), next(numbers)
         serial = next(numbers) if self._launch.machine.serial == "tcp" else -1
         drives = tuple(tuple(next(numbers) for _ in range(drive.descriptors)) for drive in self._launch.drives)
-        return argv.Descriptors(qmp, serial, drives, tuple(next(numbers) for _ in self._launch.taps))
+        taps = tuple(next(numbers) for _ in self._launch.taps)
+        return argv.Descriptors(qmp, saving, serial, drives, taps, next(numbers) if self._launch.incoming else -1)
 
     def take_up(self) -> str:
         """Wait until it runs, and give it its screen's socket; return the terminal of its serial port, "" without one.
@@ -99,9 +101,11 @@ class Qemu:
         try:
             conversation.greet()
             if self._vnc >= 0:
-                conversation.ask("getfd", (self._vnc,), fdname="vnc")
-                conversation.ask("display-update", type="vnc", addresses=[{"type": "fd", "str": "vnc"}])
+                conversation.ask("getfd", {"fdname": "vnc"}, (self._vnc,))
+                conversation.ask("display-update", {"type": "vnc", "addresses": [{"type": "fd", "str": "vnc"}]})
             tty = _terminal(conversation.ask("query-chardev")) if self._launch.machine.serial == "pty" else ""
+            while self._launch.incoming and _status(conversation.ask("query-status")) == "inmigrate":
+                time.sleep(POLL_S)  # it reads its state; a state that it cannot read ends it
             conversation.ask("cont")
         except TimeoutError:
             raise TimeoutExpiredError(
@@ -148,6 +152,11 @@ def _become(command: list[str], log: int, sources: dict[int, int]) -> None:
     except BaseException as error:  # noqa: BLE001 - there is nobody to raise it to; the log has it
         os.write(2, f"cannot become QEMU: {error}\n".encode("ascii", "replace"))
     os._exit(_STOP)
+
+
+def _status(untrusted: object) -> str:
+    """Pick what QEMU is doing out of the answer to query-status."""
+    return str(untrusted.get("status")) if isinstance(untrusted, dict) else ""
 
 
 def _terminal(untrusted_devices: object) -> str:

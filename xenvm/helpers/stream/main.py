@@ -25,8 +25,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
+NEEDED_DESCRIPTORS: Final = 2
 REQUEST_WAIT_S: Final = 900.0  # it may be started before it is needed; it ends with its broker
-ROUNDS: Final = 2  # of a guest's memory that a compressed image may unpack to: some have pages more than once
+ROUNDS: Final = 3  # of a guest's memory that a compressed image may unpack to: a live one has pages more than once
 SLACK_BYTES: Final = 64 << 20  # and this beside it
 
 
@@ -39,18 +40,18 @@ def main() -> int:
     if received is None:
         return 0
     message, descriptors = received
-    if not isinstance(message, Inspect | Pack) or len(descriptors) != message.DESCRIPTORS:
+    if not isinstance(message, Inspect | Pack) or len(descriptors) < NEEDED_DESCRIPTORS:
         raise ProtocolError("a stream worker reads or writes one image, with two descriptors")
-    image, pipe = descriptors
+    image, pipe, *state = descriptors
     try:
         if isinstance(message, Pack):
             encoder = packing.prepare(image, message.memory_max_kib)
             channel.send(Packing())
             channel.send(Packed(packing.pack(pipe, image, encoder)))
             return 0
-        told, at = inspect(image, message.memory_max_kib)
+        told, at = inspect(image, message.memory_max_kib, *state)
         channel.send(told)
-        feed(image, pipe, at, told)
+        feed(image, pipe, at, told, hvm=bool(state))
     except XenvmError as error:
         channel.send(Failed(0, Fault(int(error.code), error.message[:4000], error.hint[:1000]), NO_DOMAIN))
         return int(ExitCode.FAILED)
@@ -59,22 +60,27 @@ def main() -> int:
     return 0
 
 
-def inspect(image: int, memory_max_kib: int) -> tuple[Image, int]:
-    """Check an image whole; return what it is, and where its stream begins. Raise ImageError for what is wrong."""
+def inspect(image: int, memory_max_kib: int, state: int = -1) -> tuple[Image, int]:
+    """Check an image whole; return what it is, and where its stream begins. Raise ImageError for what is wrong.
+
+    That of an HVM guest is wanted when there is a file `state`, where what its device model begins with goes.
+    """
+    hvm = state >= 0
     try:
         found = source.of(image)
-        facts = records.facts(found.read, os.fstat(image).st_size)
+        facts = records.facts(found.read, os.fstat(image).st_size, hvm=hvm)
         if isinstance(found, source.Compressed):
             if facts.memory_max_kib != memory_max_kib:  # else the limit would be that of an image of a larger guest
                 raise other_memory(facts.memory_max_kib, memory_max_kib)
             found.limit_bytes = limit_bytes(memory_max_kib)
         elif 0 <= facts.sealed_bytes != os.fstat(image).st_size:
             raise records.cut_off(facts, os.fstat(image).st_size)
-        guest = records.Guest(facts.memory_max_kib, facts.vcpus)
+        guest = records.Guest(facts.memory_max_kib, facts.vcpus, hvm=hvm)
         if facts.sealed_bytes >= 0:
             found.sum_from(facts.streams_at)
         for _ in records.pieces(found.read, facts.stream_at, guest):
             pass
+        records.rest(found.read, guest, lambda content: _keep(state, content))
         size, checksum = found.totals()
         if 0 <= facts.sealed_bytes != size:
             raise records.cut_off(facts, size)
@@ -91,12 +97,17 @@ def limit_bytes(memory_max_kib: int) -> int:
     return ROUNDS * (memory_max_kib << 10) + SLACK_BYTES
 
 
-def feed(image: int, pipe: int, at: int, told: Image) -> None:
+def _keep(state: int, content: bytes) -> None:
+    while content:
+        content = content[os.write(state, content) :]
+
+
+def feed(image: int, pipe: int, at: int, told: Image, *, hvm: bool = False) -> None:
     """Write the stream that begins at `at` into the pipe, each piece after it was checked."""
     found = source.of(image)
     if isinstance(found, source.Compressed):
         found.limit_bytes = limit_bytes(told.memory_max_kib)
-    for piece in records.pieces(found.read, at, records.Guest(told.memory_max_kib, told.vcpus)):
+    for piece in records.pieces(found.read, at, records.Guest(told.memory_max_kib, told.vcpus, hvm=hvm)):
         if isinstance(piece, bytes):
             left = piece
             while left:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A save image taken apart and checked, piece by piece. Reads through a function; no other input or output.
 
-The form is that of docs/specs/libxl-migration-stream.pandoc and docs/specs/libxc-migration-stream.pandoc of Xen, as
-far as PV guests need it. What is not understood is refused: libxenguest gets what has been checked, and nothing else.
+The form is that of docs/specs/libxl-migration-stream.pandoc and docs/specs/libxc-migration-stream.pandoc of Xen. What
+is not understood is refused: libxenguest gets what has been checked, and nothing else.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 
 from xenvm import forms, jsontext
+from xenvm.boundary.machine import STATE_LIMIT_BYTES
 from xenvm.errors import XenvmError
 from xenvm.helpers import saved
 from xenvm.record import Record
@@ -28,6 +29,7 @@ LIBXC: Final = struct.Struct(">QIIHHI")  # marker, identification, version, opti
 LIBXC_MARKER, LIBXC_IDENT, LIBXC_VERSION = 0xFFFFFFFFFFFFFFFF, 0x58454E46, 3
 DOMAIN: Final = struct.Struct("<IHHII")  # type, page shift, reserved, Xen's version
 PV, HVM = 1, 2
+TYPES: Final = {False: "pv", True: "hvm"}
 PAGE_SHIFT, PAGE_BYTES = 12, 4096
 PAGES: Final = struct.Struct("<II")  # count, reserved; then the numbers of the page frames
 PAGES_LIMIT: Final = 1024  # MAX_BATCH_SIZE, xg_sr_common.h
@@ -35,10 +37,13 @@ TYPE_SHIFT, FRAME_MASK = 60, (1 << 52) - 1
 WITHOUT_DATA: Final = frozenset({13, 14, 15})  # XEN_DOMCTL_PFINFO_BROKEN, _XALLOC, _XTAB
 WITH_DATA: Final = frozenset({*range(5), *range(9, 13)})  # no page table, a table of level 1 to 4; the same, pinned
 OPTIONAL: Final = 1 << 31
+PARAMS_HEAD_BYTES, PARAM_BYTES = 8, 16  # of a record of parameters: their count; index and value of each
+CHUNK_BYTES: Final = 1 << 20
 FRAMES_SLACK: Final = 1 << 23  # above a guest's memory, 32 GiB: what it maps may have numbers of its own there
 
 # Types of records, xg_sr_stream_format.h, and how long each is: at least, at most, in steps of.
 END, PAGE_DATA, PV_INFO, P2M_FRAMES, VCPU_BASIC, VCPU_EXTENDED, VCPU_XSAVE, SHARED_INFO, TSC_INFO = range(9)
+HVM_CONTEXT, HVM_PARAMS = 9, 0xA
 VCPU_MSRS, STATIC_DATA_END, CPUID_POLICY, MSR_POLICY = 0xC, 0x10, 0x11, 0x12
 LENGTHS: Final = {
     END: (0, 0, 1),
@@ -49,21 +54,31 @@ LENGTHS: Final = {
     VCPU_XSAVE: (8, 1 << 20, 1),
     SHARED_INFO: (4096, 4096, 1),
     TSC_INFO: (24, 24, 1),
+    HVM_CONTEXT: (8, BODY_LIMIT_BYTES, 1),
+    HVM_PARAMS: (8, 8 + 16 * 4096, 8),
     VCPU_MSRS: (8, 65536, 1),
     STATIC_DATA_END: (0, 0, 1),
     CPUID_POLICY: (24, 24 * 4096, 24),
     MSR_POLICY: (16, 16 * 4096, 16),
 }
 OF_A_VCPU: Final = frozenset({VCPU_BASIC, VCPU_EXTENDED, VCPU_XSAVE, VCPU_MSRS})
-NEEDED: Final = {
-    PV_INFO: "the guest's kind",
+OF_BOTH: Final = {
     CPUID_POLICY: "the processor's features (Xen 4.14 and later write them)",
     STATIC_DATA_END: "the end of the static data",
-    P2M_FRAMES: "the map of the memory",
     PAGE_DATA: "memory",
+}
+OF_PV: Final = {
+    PV_INFO: "the guest's kind",
+    P2M_FRAMES: "the map of the memory",
     SHARED_INFO: "the shared info page",
     VCPU_BASIC: "the state of a vcpu",
 }
+OF_HVM: Final = {HVM_CONTEXT: "the state of the machine", HVM_PARAMS: "the parameters of the machine"}
+STRANGE: Final = {True: {*OF_PV, *OF_A_VCPU}, False: {*OF_HVM}}  # what the other type has
+HVM_PAGES: Final = frozenset({0, *WITHOUT_DATA})
+FRAMES_BELOW_4G: Final = 1 << 20  # of an HVM guest: what is not memory is there
+QEMU_MAGIC: Final = b"QEVM"
+NODES_LIMIT_BYTES: Final = 1 << 16
 
 
 class ImageError(XenvmError):
@@ -89,19 +104,22 @@ class Facts(Record):
 class Guest:
     """What the stream says while it is walked through, of a guest of such a size.
 
-    Only the vcpus that were online have a state in it; vcpu 0 always has, since restoring begins with it.
+    Only the vcpus that were online have a state in it; vcpu 0 always has, since restoring begins with it. `end_at` is
+    where the stream has ended.
     """
 
-    def __init__(self, memory_max_kib: int, vcpus_limit: int) -> None:
-        self.frames_limit = memory_max_kib * 1024 // PAGE_BYTES + FRAMES_SLACK
+    def __init__(self, memory_max_kib: int, vcpus_limit: int, *, hvm: bool = False) -> None:
+        self.hvm = hvm
+        self.frames_limit = memory_max_kib * 1024 // PAGE_BYTES + (FRAMES_BELOW_4G if hvm else FRAMES_SLACK)
+        self.end_at = 0
         self.vcpus_limit = vcpus_limit
         self.xen_major = self.xen_minor = 0
         self.vcpus: set[int] = set()
         self.seen: set[int] = set()
-        self.last_frame = -1
+        self.last_frame = self.frames_limit - 1 if hvm else -1
 
 
-def facts(read: Read, size: int) -> Facts:
+def facts(read: Read, size: int, *, hvm: bool = False) -> Facts:
     """Check what stands before the stream of libxenguest; ImageError says what is wrong."""
     magic = read(len(saved.MAGIC), 0)
     if magic != saved.MAGIC:
@@ -134,7 +152,7 @@ def facts(read: Read, size: int) -> Facts:
     at = streams_at + saved.LIBXL.size
     if saved.RECORD.unpack(_exact(read, saved.RECORD.size, at)) != (saved.LIBXC_CONTEXT, 0):
         raise ImageError("the stream of libxl begins with another record than that of the memory: it is damaged")
-    memory_max_kib, vcpus, uuid = _config(optional[saved.WORD.size : -1])
+    memory_max_kib, vcpus, uuid = _config(optional[saved.WORD.size : -1], TYPES[hvm])
     sealed_bytes, checksum = _seal(optional)
     return Facts(memory_max_kib, vcpus, uuid, streams_at, at + saved.RECORD.size, sealed_bytes, checksum)
 
@@ -155,7 +173,7 @@ def cut_off(facts: Facts, size: int) -> ImageError:
     return ImageError(f"the image has {size} bytes of {facts.sealed_bytes}: it is cut off or damaged")
 
 
-def _config(untrusted_text: bytes) -> tuple[int, int, str]:
+def _config(untrusted_text: bytes, wanted: str) -> tuple[int, int, str]:
     """Return memory, vcpus and uuid of a guest's config (libxl_domain_config as JSON)."""
     try:
         untrusted = jsontext.loads(untrusted_text.decode("utf-8"))
@@ -166,9 +184,9 @@ def _config(untrusted_text: bytes) -> tuple[int, int, str]:
     if not isinstance(create, dict) or not isinstance(build, dict):
         raise ImageError("the config in the image says nothing of a guest")
     kind = create.get("type", "")
-    if kind != "pv":
-        shown = kind if isinstance(kind, str) and kind in ("hvm", "pvh") else "unknown"
-        raise ImageError(f"the image is of a guest of the type {shown}, this VM is pv")
+    if kind != wanted:
+        shown = kind if isinstance(kind, str) and kind in ("pv", "hvm", "pvh") else "unknown"
+        raise ImageError(f"the image is of a guest of the type {shown}, this VM is {wanted}")
     memory_kib, vcpus = build.get("max_memkb"), build.get("max_vcpus", 1)
     if type(memory_kib) is not int or not 0 < memory_kib <= 2**42:
         raise ImageError("the config in the image does not say how much memory the guest has")
@@ -194,7 +212,7 @@ def _seal(optional: bytes) -> tuple[int, int]:
 
 
 def pieces(read: Read, at: int, guest: Guest) -> Iterator[Piece]:
-    """Yield the stream of libxenguest from offset `at` on, in pieces that are checked; then what follows is checked.
+    """Yield the stream of libxenguest from offset `at` on, in pieces that are checked.
 
     `guest` is filled meanwhile. A piece that is a range of the file is the contents of pages.
     """
@@ -209,8 +227,9 @@ def pieces(read: Read, at: int, guest: Guest) -> Iterator[Piece]:
         )
     domain = _exact(read, DOMAIN.size, at + LIBXC.size)
     kind, page_shift, _r3, guest.xen_major, guest.xen_minor = DOMAIN.unpack(domain)
-    if kind != PV:
-        raise ImageError(f"the memory in the image is of an {'HVM' if kind == HVM else 'unknown'} guest, this VM is pv")
+    if kind != (HVM if guest.hvm else PV):
+        shown = {PV: "pv", HVM: "hvm"}.get(kind, "unknown")
+        raise ImageError(f"the memory in the image is of a guest of the type {shown}, this VM is {TYPES[guest.hvm]}")
     if page_shift != PAGE_SHIFT or guest.xen_major > 0xFFFF or guest.xen_minor > 0xFFFF:
         raise ImageError("the stream of the memory has a damaged header")
     yield head + domain
@@ -231,13 +250,44 @@ def pieces(read: Read, at: int, guest: Guest) -> Iterator[Piece]:
         at = body_at + padded
         if record == END:
             break
-    for needed, name in NEEDED.items():
+    guest.end_at = at
+    for needed, name in (OF_BOTH | (OF_HVM if guest.hvm else OF_PV)).items():
         if needed not in guest.seen:
             raise ImageError(f"the stream of the memory lacks {name}")
-    if 0 not in guest.vcpus:
+    if not guest.hvm and 0 not in guest.vcpus:
         raise ImageError("the stream of the memory lacks the state of vcpu 0")
+
+
+def rest(read: Read, guest: Guest, keep: Callable[[bytes], None]) -> None:
+    """Check what follows the stream; `keep` gets, piece by piece, the state that a device model begins with."""
+    at = guest.end_at
+    if guest.hvm:
+        kind, length = saved.RECORD.unpack(_exact(read, saved.RECORD.size, at))
+        if kind == saved.EMULATOR_NODES:
+            raise ImageError(
+                "the image has nodes of a device model that is older than those of this host",
+                hint="it is of another Xen release than this xenvm knows",
+            )
+        if kind != saved.EMULATOR_STATE:
+            raise ImageError("the image lacks the state of the device model")
+        body_at = at + saved.RECORD.size
+        if not saved.EMULATOR.size + len(QEMU_MAGIC) <= length <= saved.EMULATOR.size + STATE_LIMIT_BYTES:
+            raise ImageError(f"the state of the device model has {length} bytes: the image is damaged")
+        if saved.EMULATOR.unpack(_exact(read, saved.EMULATOR.size, body_at)) != saved.QEMU:
+            raise ImageError("the state is of another device model than QEMU")
+        at = body_at + saved.EMULATOR.size
+        end = body_at + length
+        if _exact(read, len(QEMU_MAGIC), at) != QEMU_MAGIC:
+            raise ImageError("the state of the device model has no beginning: the image is damaged")
+        while at < end:
+            content = _exact(read, min(end - at, CHUNK_BYTES), at)
+            keep(content)
+            at += len(content)
+        if any(_exact(read, -length % 8, at)):
+            raise ImageError("the state of the device model is followed by more than zeros: the image is damaged")
+        at += -length % 8
     if _exact(read, saved.RECORD.size, at) != saved.TAIL:
-        raise ImageError("something else follows the memory than the end of the image", hint="is it of an HVM guest?")
+        raise ImageError("something else follows than the end of the image: it is damaged")
     if read(1, at + len(saved.TAIL)):
         raise ImageError("something follows the end of the image: it is damaged")
 
@@ -259,10 +309,12 @@ def _check_length(record: int, length: int) -> None:
 
 def _check_body(record: int, body: bytes, length: int, guest: Guest) -> None:
     """Check what of a record can be checked without Xen, and that it comes when it may."""
+    if record in STRANGE[guest.hvm]:
+        raise ImageError(f"a record of the type {record:#x} is not of this type of guest: the image is damaged")
     if record in (PV_INFO, CPUID_POLICY, MSR_POLICY, STATIC_DATA_END):
         if guest.seen & {P2M_FRAMES, PAGE_DATA} or record in guest.seen:
             raise ImageError(f"a record of the type {record:#x} comes at the wrong place: the image is damaged")
-    elif record != END and not {PV_INFO, STATIC_DATA_END} <= guest.seen:
+    elif record != END and not {STATIC_DATA_END, *(() if guest.hvm else (PV_INFO,))} <= guest.seen:
         raise ImageError(f"a record of the type {record:#x} comes too early: the image is damaged")
     if any(body[length:]):
         raise ImageError(f"a record of the type {record:#x} is followed by more than zeros: the image is damaged")
@@ -280,6 +332,10 @@ def _check_body(record: int, body: bytes, length: int, guest: Guest) -> None:
                 f"the map of the memory has {guest.last_frame + 1} frames, and a guest of this size at most "
                 f"{guest.frames_limit}: the image is damaged"
             )
+    elif record == HVM_PARAMS:
+        count, reserved = struct.unpack_from("<II", body)
+        if reserved or length != PARAMS_HEAD_BYTES + PARAM_BYTES * count:
+            raise ImageError("the parameters of the machine have another length than they say: the image is damaged")
     elif record in OF_A_VCPU:
         number, reserved = struct.unpack_from("<II", body)
         if number >= guest.vcpus_limit or reserved:
@@ -289,7 +345,7 @@ def _check_body(record: int, body: bytes, length: int, guest: Guest) -> None:
 
 
 def _page_data(read: Read, header: bytes, at: int, length: int, guest: Guest) -> Iterator[Piece]:
-    if P2M_FRAMES not in guest.seen:
+    if (STATIC_DATA_END if guest.hvm else P2M_FRAMES) not in guest.seen:
         raise ImageError("memory comes before its map: the image is damaged")
     counts = _exact(read, PAGES.size, at)
     count, reserved = PAGES.unpack(counts)
@@ -301,7 +357,7 @@ def _page_data(read: Read, header: bytes, at: int, length: int, guest: Guest) ->
         kind, frame = number >> TYPE_SHIFT, number & FRAME_MASK
         if kind in WITH_DATA:
             full += 1
-        elif kind not in WITHOUT_DATA:
+        if kind not in (HVM_PAGES if guest.hvm else WITH_DATA | WITHOUT_DATA):
             raise ImageError(f"a page has the impossible type {kind}: the image is damaged")
         if frame > guest.last_frame or (number & ~(0xF << TYPE_SHIFT)) != frame:
             raise ImageError(f"a page has the number {frame}, the last one is {guest.last_frame}: the image is damaged")
