@@ -153,6 +153,8 @@ ffibuilder.cdef(
         uint64_t vga_hole_size;
         bool device_model;
         struct xc_hvm_firmware_module system_firmware_module;
+        struct xc_hvm_firmware_module acpi_modules[...];
+        struct xc_hvm_firmware_module smbios_module;
         const char *guest_type;
         xen_pfn_t console_pfn;
         xen_pfn_t xenstore_pfn;

@@ -13,8 +13,9 @@ import subprocess
 
 import pytest
 
+from xenvm.boundary.machine import Machine
 from xenvm.boundary.messages import Hello
-from xenvm.broker import kernels
+from xenvm.broker import firmware, kernels
 from xenvm.broker.kernels import Cache, Kernel, boot_id
 from xenvm.errors import XenvmError
 
@@ -22,6 +23,12 @@ UUID = "11111111-2222-4333-8444-555555555555"
 INNER = b"\x7fELF" + b"a kernel, " * 300_000 + os.urandom(70_000)
 LONG_AGO = 1_000_000_000
 SIZE = len(INNER)
+MACHINE = Machine(
+    *(True, True, True, True, False, -1, -1, -1, 0, 0, "", "none", "", 0, -1, "", "", (), (), (), ()),
+    smbios=False,
+    oem_types=(),
+    slic=False,
+)
 
 
 def zstd(data):
@@ -74,7 +81,7 @@ def test_what_cannot_be_believed_is_unpacked_into_memory(place, tmp_path, monkey
     else:
         monkeypatch.setattr(kernels, "FREE_BYTES", 2**62)
     kernel, workers = made(path)
-    assert (os.pread(kernel.ready, len(INNER), 0), workers) == (INNER, 1)
+    assert (os.pread(kernel.ready[0], len(INNER), 0), workers) == (INNER, 1)
     assert kernel.keep() is False
     kernel.close()
     assert [*place.iterdir()] == []
@@ -111,7 +118,7 @@ def made(path):
 
 
 def content(kernel):
-    return os.pread(kernel.ready, 1 << 30, 0)
+    return os.pread(kernel.ready[0], 1 << 30, 0)
 
 
 def kept(kernel):
@@ -135,7 +142,7 @@ def test_each_compression(place, tmp_path, image):
     kernel, workers = made(write(tmp_path, image()))
     assert (content(kernel), workers) == (INNER, 1)
     with pytest.raises(OSError, match="Bad file descriptor"):
-        os.write(kernel.ready, b"x")
+        os.write(kernel.ready[0], b"x")
     kept(kernel)
     (entry,) = place.iterdir()
     assert entry.read_bytes() == INNER
@@ -318,3 +325,29 @@ def test_two_at_once(place, tmp_path):
     kept(first)
     kept(second)
     assert len([*place.iterdir()]) == 1
+
+
+def test_the_hosts_tables_are_picked_by_a_worker(users, tmp_path, monkeypatch):
+    """And a host without them is an error that names the key."""
+    table, licence = tmp_path / "DMI", tmp_path / "SLIC"
+    table.write_bytes(b"\x01\x04\x00\x00QEMU\0\0" + b"\x7f\x04\x00\x00\0\0")
+    body = bytearray(b"SLIC" + struct.pack("<I", 40) + bytes(28) + b"key!")
+    body[9] = -sum(body) % 256
+    licence.write_bytes(body)
+    monkeypatch.setattr(firmware, "SMBIOS", str(table))
+    monkeypatch.setattr(firmware, "ACPI", (str(licence), str(tmp_path / "MSDM")))
+    machine = MACHINE.but(smbios=True, slic=True)
+    images = [os.open(os.devnull, os.O_RDONLY) for _ in range(2)]
+    made = firmware.Firmware(images, machine, "test", 2)
+    while made.child:
+        message, _ = made.child.channel.receive(deadline_s=60)
+        if not isinstance(message, Hello):
+            made.take(message)
+    assert [os.pread(one, 1000, 0) for one in made.ready[2:]] == [
+        struct.pack("<I", 10) + table.read_bytes()[:10],
+        licence.read_bytes(),
+    ]
+    made.close()
+    licence.unlink()
+    with pytest.raises(XenvmError, match="acpi-pt: this host has no such table: .*SLIC or .*MSDM"):
+        firmware.Firmware([], MACHINE.but(slic=True), "test", 2)

@@ -3,6 +3,7 @@
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import re
 import signal
@@ -135,6 +136,7 @@ def test_the_published_example_installs_a_disk_and_boots_from_it(hvm, tmp_path, 
             memory=256,
             nx="true",
             nic=f"bridge={bridge}",
+            **{"smbios-pt": "true", "acpi-pt": "true"},
         )
         guest.start()
         serial = Serial(guest)
@@ -142,7 +144,13 @@ def test_the_published_example_installs_a_disk_and_boots_from_it(hvm, tmp_path, 
         assert "nx" in serial.shell("grep -m1 flags /proc/cpuinfo").split()
         assert serial.shell("nproc") == "2"
         tables = serial.shell("ls /sys/firmware/acpi/tables").split()
-        assert {"APIC", "HPET"} <= set(tables)
+        assert {"APIC", "HPET", "SLIC"} <= set(tables)
+        licence = hashlib.md5(Path("/sys/firmware/acpi/tables/SLIC").read_bytes(), usedforsecurity=False).hexdigest()
+        assert serial.shell("md5sum </sys/firmware/acpi/tables/SLIC").split()[0] == licence
+        for name in ("sys_vendor", "product_name"):
+            host = Path(f"/sys/class/dmi/id/{name}").read_text().strip()
+            assert serial.shell(f"cat /sys/class/dmi/id/{name}") == host
+            assert "HVM domU" not in host
         assert "IO-APIC" in serial.shell("cat /proc/interrupts")
         assert {"xvda", "sr0"} <= set(serial.shell("ls /sys/block").split())
         serial.shell("ip link set eth0 up && ip address add 10.77.0.2/24 dev eth0 && ping -c 3 10.77.0.1")

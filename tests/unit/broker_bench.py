@@ -9,7 +9,7 @@ import pytest
 from children import FakeChild
 
 from xenvm.boundary.messages import Ask, Domain, DomainState, Failed, Fault, Grants, HostPolicy, Init, Phase, Policy
-from xenvm.broker import bridges, core, images, kernels, models, plugging, spares, talks, work
+from xenvm.broker import bridges, core, images, making, models, plugging, spares, talks, work
 from xenvm.broker.core import Broker
 from xenvm.errors import XenvmError
 
@@ -133,7 +133,7 @@ class Bench:
 def bench(monkeypatch, tmp_path):
     """Give a bench, and take care that nothing of it stays open; for a fixture."""
     FakeChild.made = []
-    for module in (core, images, kernels, plugging, models, spares, talks, work):
+    for module in (core, images, making, plugging, models, spares, talks, work):
         monkeypatch.setattr(module, "Child", FakeChild)
     monkeypatch.setattr(bridges, "bridges", lambda: ["br0"])
     before = psutil.Process().num_fds()

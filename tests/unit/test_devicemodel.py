@@ -31,6 +31,9 @@ PLAIN = Machine(
     platform=(),
     bios_strings=(),
     extra=(Setting("device", "virtio-rng-pci"), Setting("no-fd-bootchk", "")),
+    smbios=False,
+    oem_types=(),
+    slic=False,
 )
 UUID = "11111111-2222-4333-8444-555555555555"
 LAUNCH = Launch(
@@ -168,8 +171,6 @@ def test_a_pv_guest_has_no_machine():
 @pytest.mark.parametrize(
     ("line", "field"),
     [
-        (b"smbios-pt = true", "smbios_pt"),
-        (b"acpi-pt = true", "acpi_pt"),
         (b"diskinfo-pt = true", "diskinfo_pt"),
         (b"power-management = 1", "power_management"),
         (b"oem-features = 1", "oem_features"),

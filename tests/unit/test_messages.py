@@ -79,13 +79,14 @@ def test_which_messages_pass_descriptors():
     """From the supervisor what a client has opened: a disk, a save image."""
     assert {kind.__name__: kind.DESCRIPTORS for kind in KINDS.values() if kind.DESCRIPTORS} == {
         "Done": 1,
-        "Job": 2,
+        "Job": 4,
         "Plug": 1,
         "Serve": 3,
         "Connect": 1,
         "Decrypt": 2,
         "Unpack": 2,
         "Sum": 1,
+        "Tables": 4,
         "Save": 1,
         "Restore": 1,
         "Inspect": 3,

@@ -20,6 +20,8 @@ TERMINALS: Final = "/dev/pts/"
 EMULATED_NICS: Final = 8
 """Of the cards of one guest; PCI slots are few."""
 LAUNCH_DESCRIPTORS: Final = 64
+OEM_TYPES: Final = array(number(128, 255), 128)
+"""Types of SMBIOS structures that are the vendor's own."""
 STATE_LIMIT_BYTES: Final = 64 << 20
 """The most that a device model may say of its state; some hundred kilobytes are usual."""
 
@@ -49,7 +51,9 @@ class NicModel(Checked):
 class Machine(Checked):
     """What an HVM guest finds beyond memory and devices. -1 stands for "as Xen does it".
 
-    `vnc_port` is a TCP port at `vnc_host`, 0 the first unused one, -1 no display. `serial` is pty, none or tcp.
+    `vnc_port` is a TCP port at `vnc_host`, 0 the first unused one, -1 no display. `serial` is pty, none or tcp. With
+    `smbios` it sees tables of the host's SMBIOS, of the vendor's own types those in `oem_types` or all; with `slic` the
+    licence tables of its ACPI.
     """
 
     pae: bool
@@ -73,6 +77,9 @@ class Machine(Checked):
     platform: tuple[Setting, ...]
     bios_strings: tuple[Setting, ...]
     extra: tuple[Setting, ...]
+    smbios: bool
+    oem_types: tuple[int, ...]
+    slic: bool
     CHECKS: ClassVar = {
         **dict.fromkeys(("pae", "acpi", "apic", "nx", "viridian"), flag),
         "hpet": number(-1, 1),
@@ -91,6 +98,9 @@ class Machine(Checked):
         "platform": array(Setting.from_body, 256),
         "bios_strings": array(Setting.from_body, 256),
         "extra": array(Setting.from_body, 64),
+        "smbios": flag,
+        "oem_types": OEM_TYPES,
+        "slic": flag,
     }
 
 

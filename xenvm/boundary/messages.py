@@ -50,6 +50,7 @@ from xenvm.boundary.workers import (
     Served,
     Sum,
     Summed,
+    Tables,
     Unpack,
     Unpacked,
 )
@@ -430,7 +431,7 @@ class Job(Message):
     restored: str = ""
     live: bool = False
     KIND: ClassVar = 7
-    DESCRIPTORS: ClassVar = 2
+    DESCRIPTORS: ClassVar = 4
     CHECKS: ClassVar = {
         "op": choice(Op),
         "uuid": _UUID_TEXT,
@@ -572,7 +573,21 @@ KINDS: Final[Mapping[int, type[Message]]] = {
     for message in (
         *(Hello, Init, Ask, Done, Failed, Progress, Job, Watch, Parsed, Outcome),
         *(Plug, Unplug, Rebridge, Created, Ready, Join, Serve, Served, Connect, Decrypt, Release),
-        *(Unpack, Unpacked, Sum, Summed, Save, Restore, Inspect, Image, Pack, Packing, Packed, *MACHINE_MESSAGES),
+        *(
+            Unpack,
+            Unpacked,
+            Sum,
+            Summed,
+            Tables,
+            Save,
+            Restore,
+            Inspect,
+            Image,
+            Pack,
+            Packing,
+            Packed,
+            *MACHINE_MESSAGES,
+        ),
     )
 }
 

@@ -434,7 +434,7 @@ _ROWS: Final = (
         # FSIZE is the largest kernel, compressed or not; the addresses are for both at once and a dictionary.
         limits=_limits(NPROC=0, FSIZE=1 << 30, NOFILE=32, AS=3 << 30, CPU=300),
         lifetime=ONE_REQUEST,
-        requests=("unpack", "sum"),
+        requests=("unpack", "sum", "tables"),
     ),
     Row(
         role=Role.STREAM,

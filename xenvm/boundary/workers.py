@@ -6,6 +6,7 @@ from __future__ import annotations
 from xenvm import forms
 from xenvm.boundary.checks import INT32_MAX, NAME, Message, array, flag, number, string
 from xenvm.boundary.devices import VIFS, Vif, is_cipher
+from xenvm.boundary.machine import OEM_TYPES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -119,6 +120,20 @@ class Sum(Message):
     KIND: ClassVar = 42
     DESCRIPTORS: ClassVar = 1
     CHECKS: ClassVar = {}
+
+
+class Tables(Message):
+    """Broker to unpacker: pick out of the host's firmware tables what a guest may see; Unpacked tells how much that is.
+
+    Descriptors: an empty file for it, then those of the tables: SMBIOS's one, or some of ACPI's. Of the vendor's types
+    of SMBIOS only `oem_types` are picked, if there are any.
+    """
+
+    smbios: bool
+    oem_types: tuple[int, ...]
+    KIND: ClassVar = 44
+    DESCRIPTORS: ClassVar = 4
+    CHECKS: ClassVar = {"smbios": flag, "oem_types": OEM_TYPES}
 
 
 class Summed(Message):

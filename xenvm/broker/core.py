@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     from xenvm.boundary.checks import Message
     from xenvm.boundary.messages import HostPolicy
     from xenvm.broker.actlog import ActLog
-    from xenvm.broker.kernels import Kernel
+    from xenvm.broker.making import Making
     from xenvm.broker.plugging import Plugging
     from xenvm.broker.requests import Request
 
@@ -110,7 +110,7 @@ class Broker:
         self._recheck = False  # udev has told of a removed device; looked at when no job runs, which may have done it
         self._phase, self._domid = VmPhase.UNKNOWN, -1
         self._work: Work | None = None
-        self._keeping: Kernel | None = None  # what a start has unpacked, on its way into the cache
+        self._keeping: Making | None = None  # what a start has unpacked, on its way into the cache
         self._asked: dict[Op, list[float]] = {op: [] for op in PERMITS}
         self._restarts: dict[Role, list[float]] = {Role.SUPERVISOR: [], Role.WATCHER: []}
         kind = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK
@@ -482,7 +482,7 @@ class Broker:
             with suppress(ProtocolError):  # it has ended: its end is dealt with as such
                 work.builder.channel.send(answer)
 
-    def _unpacked(self, work: Work, step: Callable[[Kernel], None]) -> None:
+    def _unpacked(self, work: Work, step: Callable[[Making], None]) -> None:
         """Take a step towards the kernel; without one the job ends here, before its builder has done anything."""
         if work.kernel is None:
             return

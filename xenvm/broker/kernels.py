@@ -22,22 +22,19 @@ import os
 import stat
 import time
 
-from xenvm.boundary.messages import NO_DOMAIN, Failed, Fault
-from xenvm.boundary.privileges import Role
+from xenvm.boundary.messages import Failed
 from xenvm.boundary.workers import Sum, Summed, Unpack, Unpacked
 from xenvm.broker.actlog import hexdigest
-from xenvm.broker.children import Child
+from xenvm.broker.making import Making
 from xenvm.context import suppress
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Generator
-    from typing import Final
+    from typing import ClassVar, Final
 
     from xenvm.boundary.checks import Message
-
-    Steps = Generator[Child, Message, int]
+    from xenvm.broker.making import Steps
 
 DIRECTORY: Final = "/var/cache/xenvm"
 KEEP_WAIT_S: Final = 600.0
@@ -125,46 +122,18 @@ class Cache:
         return []
 
 
-class Kernel:
-    """One kernel being made ready; `child` is the worker that is waited for, `ready` the descriptor for the builder."""
+class Kernel(Making):
+    """One kernel being made ready for the builder."""
+
+    WHAT: ClassVar = "kernel"
 
     def __init__(self, image: int, uuid: str, log: int) -> None:
         """Take over `image`, the open file that the config names. Raise XenvmError when it cannot be used."""
-        self._image, self._uuid, self._log = image, uuid, log
+        self._image = image
         self._cache = Cache()
         self._fresh = self._unpacked = -1
         self._key, self._in_memory = "", False
-        self.end_s = 0.0
-        self.child: Child | None = None
-        self.ready = -1
-        self._steps = self._prepare()
-        try:
-            self._go_on(None)
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def children(self) -> list[Child]:
-        """The worker, while there is one."""
-        return [self.child] if self.child and self.child.pidfd >= 0 else []
-
-    def take(self, message: Message) -> None:
-        """Go on with a worker's answer; raise XenvmError when it failed."""
-        if self.child:
-            self.child.end(grace_ms=1000)
-            if self.child.status is None:  # it hangs in the kernel, over the disk: it may still write
-                raise XenvmError("kernel: the unpacker does not end", hint="is the disk of /var/cache/xenvm well?")
-        self._go_on(message)
-
-    def gone(self) -> None:
-        """Go on without the worker's answer: where the disk is full, it may have died of that."""
-        if self.child:
-            self.child.end()
-            fault = Fault(
-                int(ExitCode.FAILED), f"the {self.child.role} worker {self.child.how()} without an answer", ""
-            )
-            self._go_on(Failed(0, fault, NO_DOMAIN))
+        super().__init__(uuid, log)
 
     def keep(self) -> bool:
         """After the start: begin to put the unpacked kernel into the cache; tell whether there is anything to do.
@@ -179,23 +148,12 @@ class Kernel:
             self._go_on(None)
         return self.child is not None
 
-    def kept(self, message: Message) -> None:
-        """Go on with what `keep` began; without success the next start unpacks again."""
-        with suppress(XenvmError):
-            self.take(message)
-        self.close()
-
-    def close(self) -> None:
-        """End the worker and close what is open; works twice."""
-        if self.child:
-            self.child.end()
-            self.child = None
-        self._steps.close()
+    def _forget(self) -> None:
         self._forget_fresh()
         for descriptor in (self._image, self._unpacked):
             if descriptor >= 0:
                 os.close(descriptor)
-        self._image = self._unpacked = self.ready = -1
+        self._image = self._unpacked = -1
         self._cache.close()
 
     def _forget_fresh(self) -> None:
@@ -203,25 +161,10 @@ class Kernel:
             os.close(self._fresh)
             self._fresh = -1
 
-    def _go_on(self, answer: Message | None) -> None:
-        self.child = None
-        try:
-            self.child = self._steps.send(answer) if answer else next(self._steps)
-        except StopIteration as result:
-            self.ready = result.value
-        except OSError as error:
-            raise XenvmError(f"kernel: {error.strerror or error}") from error
-
-    def _ask(self, message: Message, *descriptors: int) -> Child:
-        child = Child(Role.UNPACKER, self._log, {}, self._uuid, "sum" if isinstance(message, Sum) else "unpack")
-        with suppress(ProtocolError):  # it has ended already: what it said of that comes next
-            child.channel.send(message, descriptors)
-        return child
-
     def _prepare(self) -> Steps:
         """Find or make the unpacked kernel; each worker that works on it is yielded."""
         if os.pread(self._image, len(ELF), 0) == ELF:
-            return self._image
+            return [self._image]
         before = os.fstat(self._image)
         self._key = key_of(before)
         if not is_hosts_own(before):
@@ -230,12 +173,12 @@ class Kernel:
         if name:
             digest, _, boot = name[len(self._key) + 1 :].partition("-")
             if boot == boot_id():
-                return self._unpacked
+                return [self._unpacked]
             summed = yield self._ask(Sum(), self._unpacked)
             if isinstance(summed, Summed) and summed.digest == digest:
                 os.lseek(self._unpacked, 0, os.SEEK_SET)
                 self._cache.rename(name, f"{self._key}-{digest}-{boot_id()}")
-                return self._unpacked
+                return [self._unpacked]
             self._cache.drop(name)
             os.close(self._unpacked)
             self._unpacked = -1
@@ -255,20 +198,21 @@ class Kernel:
             raise ProtocolError("an unpacker answered with something else")
         if not answer.size_bytes:
             self._forget_fresh()
-            return self._image
+            return [self._image]
         # Opened anew, for reading: whoever could write to it has ended.
         self._unpacked = os.open(f"/proc/self/fd/{self._fresh}", os.O_RDONLY | os.O_CLOEXEC)
         after = os.fstat(self._image)
         changed = key_of(after) != self._key or time.time_ns() - after.st_ctime_ns < SETTLED_NS
         if self._in_memory or changed:
             self._forget_fresh()
-        return self._unpacked
+        return [self._unpacked]
 
     def _settle(self) -> Steps:
+        """Have what was unpacked summed by somebody who never saw the compressed image, and keep it then."""
         summed = yield self._ask(Sum(), self._unpacked)
         if isinstance(summed, Summed):
             self._cache.keep(self._fresh, f"{self._key}-{summed.digest}-{boot_id()}")
-        return -1
+        return []
 
 
 def key_of(status: os.stat_result) -> str:

@@ -12,6 +12,7 @@ from xenvm.boundary.machine import Granted, Wished
 from xenvm.boundary.messages import Done, Failed, Fault, Job, Op
 from xenvm.boundary.privileges import Role
 from xenvm.broker.children import Child
+from xenvm.broker.firmware import Firmware
 from xenvm.broker.images import Feed, Sink, identity
 from xenvm.broker.kernels import Kernel
 from xenvm.broker.models import Launching
@@ -99,12 +100,10 @@ class Work:
         """Descriptors that came with the request; closed with the work."""
         self.job: Job | None = None
         """What the builder has not been told yet: it waits for the kernel."""
-        self.kernel: Kernel | None = None
+        self.kernel: Kernel | Firmware | None = None
         self.initrd = -1
         self.place: Target | None = None
         """Where the broker itself is to give a new image its name."""
-        self.firmware: list[int] = []
-        """Firmware loader and BIOS of an HVM guest, which nobody has to unpack."""
 
     def begin(self, domid: int, grants: Grants, images: list[int], log: int, spares: Spares, models: Models) -> None:
         """Take over the images, kernel first, and give the helper its job when they are ready.
@@ -117,13 +116,13 @@ class Work:
                 self.place = Target(self.op, self.change.path)
                 self.change = self.change.but(image=self.place.file)
             if images and grants.machine:
-                self.firmware += images
-            else:
+                self.kernel = Firmware(images, grants.machine[0], grants.uuid, log)
+            elif images:
                 self.initrd = images[1] if len(images) > 1 else -1
-                self.kernel = Kernel(images[0], grants.uuid, log) if images else None
+                self.kernel = Kernel(images[0], grants.uuid, log)
             restores = self.op in RESTORING and self.change.image >= 0
             machine = bool(grants.machine)
-            launching = Launching(grants, log, incoming=restores) if self.firmware or (machine and restores) else None
+            launching = Launching(grants, log, incoming=restores) if machine and (images or restores) else None
             if wanted.disks or wanted.vifs or launching:
                 network = spares.take(Role.NETWORK) if wanted.vifs else None
                 self.plugging = Plugging(grants.uuid, log, wanted, self.change.timeout_s, network, launching)
@@ -159,10 +158,10 @@ class Work:
     def hand_over(self) -> None:
         """Give the builder its job as soon as the kernel is there, if it needs one."""
         job = self.job
-        if job is None or (self.kernel and self.kernel.ready < 0):
+        if job is None or (self.kernel and not self.kernel.ready):
             return
         self.job = None
-        images = [self.kernel.ready] if self.kernel else [*self.firmware]
+        images = [*self.kernel.ready] if self.kernel else []
         images += [self.initrd] if self.initrd >= 0 else []
         if self.feed or self.op in SAVING:
             images = [self.feed.pipe if self.feed else self.change.image]
@@ -189,9 +188,6 @@ class Work:
         if self.initrd >= 0:
             os.close(self.initrd)
             self.initrd = -1
-        for descriptor in self.firmware:
-            os.close(descriptor)
-        self.firmware.clear()
 
     def outcome(self, known: Domain) -> Message:
         """Return what its helper has answered, or that it did not, and why; an image that is whole gets its name."""

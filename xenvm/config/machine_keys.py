@@ -154,7 +154,11 @@ MACHINE_KEYS: Final = (
         default=False,
         guests=Guests.HVM,
         published=True,
-        help="Show the guest the SMBIOS tables of the host. This version refuses it.",
+        help=(
+            "Show the guest SMBIOS tables of the host: the first of the types 0, 1, 2, 3, 11, 22 and 39 each "
+            "(firmware, system, board, case, vendor's strings, battery, power supply), and the vendor's own. The "
+            "serial numbers of the host are among them. A host without SMBIOS is an error at the start."
+        ),
         applied="the SMBIOS module of hvmloader",
     ),
     Key(
@@ -180,7 +184,10 @@ MACHINE_KEYS: Final = (
         default=False,
         guests=Guests.HVM,
         published=True,
-        help="Show the guest the licence tables (SLIC, MSDM) of the host's ACPI. This version refuses it.",
+        help=(
+            "Show the guest the licence tables (SLIC, MSDM) of the host's ACPI. A host without either is an error "
+            "at the start."
+        ),
         applied="the ACPI module of hvmloader",
     ),
     Key(

@@ -49,6 +49,9 @@ def machine(config: Config) -> Machine:
         platform=tuple(Setting(one.key, one.value) for one in config.platform),
         bios_strings=tuple(Setting(one.key, one.value) for one in config.bios_strings),
         extra=tuple(Setting(one.key, one.value or "") for one in config.extra_hvm),
+        smbios=config.smbios_pt,
+        oem_types=config.smbios_oem_types,
+        slic=config.acpi_pt,
     )
 
 
@@ -59,8 +62,6 @@ def _choice(value: int | None) -> int:
 def refused(config: Config, lines: Mapping[str, int]) -> Iterator[ConfigIssue]:
     """Name every key of an HVM guest that this version cannot act on."""
     given = {
-        "smbios_pt": config.smbios_pt,
-        "acpi_pt": config.acpi_pt,
         "diskinfo_pt": config.diskinfo_pt,
         "power_management": config.power_management == 1,
         "oem_features": bool(config.oem_features),
@@ -103,8 +104,6 @@ def _disk(disk: DiskSpec) -> str:
 
 
 UNABLE: Final = {
-    "smbios_pt": "does not pass the host's SMBIOS tables through",
-    "acpi_pt": "does not pass the host's ACPI tables through",
     "diskinfo_pt": "does not pass the identity of the host's disks through",
     "power_management": "does not pass power management through: that needed a patched device model",
     "oem_features": "does not pass the vendor's features through: that needed a patched device model",

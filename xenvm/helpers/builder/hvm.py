@@ -9,6 +9,7 @@ from xenvm.helpers.builder.xen import ffi, lib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any, Final
 
     from xenvm.boundary.machine import Machine
@@ -55,13 +56,16 @@ def load(
     memory_mib: int,
     vcpus: int,
     apic: bool,
+    tables: Mapping[str, int],
     channels: Channels,
 ) -> Rings:
     """Build the guest in `domid` from the descriptors of hvmloader and BIOS; raise HypervisorError with the reason.
 
-    `memory_mib` is what the builder allocates: the guest's memory without that of the graphics card.
+    `memory_mib` is what the builder allocates: the guest's memory without that of the graphics card. `tables` are those
+    of the host that the guest may see: smbios, acpi.
     """
     images = [map_image(loader, "firmware loader"), map_image(bios, "BIOS")]
+    seen = {name: map_image(table, f"tables of {name}") for name, table in tables.items()}
     lib.xenvm_clear_error()
     dom = lib.xc_dom_allocate(xen.handle, ffi.NULL, ffi.NULL)
     if dom == ffi.NULL:
@@ -71,7 +75,11 @@ def load(
         dom.max_vcpus = vcpus
         dom.console_evtchn, dom.console_domid = channels.console_port, channels.console_domid
         dom.xenstore_evtchn, dom.xenstore_domid = channels.store_port, channels.store_domid
-        return _build(xen, dom, domid, images, memory_mib, vcpus, apic=apic)
+        modules = {"smbios": dom.smbios_module, "acpi": dom.acpi_modules[0]}
+        for name, table in seen.items():
+            modules[name].data, modules[name].length = ffi.cast("uint8_t *", table), len(table)
+        rings = _build(xen, dom, domid, images, memory_mib, vcpus, apic=apic)
+        return rings.but(modules=tuple((name, modules[name].guest_addr_out, modules[name].length) for name in seen))
     finally:
         lib.xc_dom_release(dom)
 

@@ -14,7 +14,7 @@ from xenvm.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import Final
 
     from xenvm.boundary.machine import Machine
@@ -43,6 +43,8 @@ class Rings(Record):
 
     store_frame: int
     console_frame: int
+    modules: tuple[tuple[str, int, int], ...] = ()
+    """What hvmloader finds by nodes beside them: name, address in the guest, length."""
 
 
 class Channels(Record):
@@ -193,9 +195,13 @@ class Hypervisor(ABC):
         memory_mib: int,
         vcpus: int,
         apic: bool,
+        tables: Mapping[str, int],
         channels: Channels,
     ) -> Rings:
-        """Build the guest in `domid` from the descriptors of firmware loader and BIOS."""
+        """Build the guest in `domid` from the descriptors of firmware loader and BIOS.
+
+        `tables` are those of the host that it may see: smbios, acpi.
+        """
 
     @abstractmethod
     def suspend(self, domid: int) -> None:

@@ -225,6 +225,7 @@ class Builder:
             machine = grants.machine[0]
             self._xen.apply_cpuid(domid, cpuid.rules(machine, grants.cpuid), pae=machine.pae)
             self._progress("loading the firmware", 0, 0)
+            names = [name for name, wanted in (("smbios", machine.smbios), ("acpi", machine.slic)) if wanted]
             return self._xen.load_hvm(
                 domid,
                 loader=images[0],
@@ -232,6 +233,7 @@ class Builder:
                 memory_mib=grants.memory_mib - machine.videoram_mib,
                 vcpus=grants.vcpus,
                 apic=machine.apic,
+                tables=dict(zip(names, images[2:], strict=True)),
                 channels=channels,
             )
         self._xen.apply_cpuid(domid, grants.cpuid)

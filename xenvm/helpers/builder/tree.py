@@ -209,6 +209,9 @@ def write_built(
             ("store/ring-ref", rings.store_frame),
         ):
             store.write(f"{home}/{node}", str(value))
+        for name, address, length in rings.modules:
+            store.write(f"{home}/hvmloader/{name}/address", f"{address:#x}")
+            store.write(f"{home}/hvmloader/{name}/length", f"{length:#x}")
         for vcpu in range(vcpus):
             store.write(f"{home}/cpu/{vcpu}/availability", "online")
         back = f"/local/domain/0/backend/console/{domid}/0"

@@ -25,7 +25,7 @@ from xenvm.helpers.builder.hypervisor import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from typing import Any, Final
 
     from xenvm.boundary.machine import Machine
@@ -156,11 +156,12 @@ class Hypervisor(hypervisor.Hypervisor):
         memory_mib: int,
         vcpus: int,
         apic: bool,
+        tables: Mapping[str, int],
         channels: Channels,
     ) -> Rings:
         """Build the guest in `domid` from the descriptors of firmware loader and BIOS."""
         size = {"memory_mib": memory_mib, "vcpus": vcpus}
-        return hvm.load(self, domid, loader=loader, bios=bios, apic=apic, channels=channels, **size)
+        return hvm.load(self, domid, loader=loader, bios=bios, apic=apic, tables=tables, channels=channels, **size)
 
     def press(self, domid: int, trigger: str) -> None:
         """Press the `power` button, or send the first vcpu an `nmi`."""

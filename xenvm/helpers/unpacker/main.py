@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The unpacker process: decompresses one kernel image, or syncs and sums one that is unpacked. It knows nothing of Xen.
+"""The unpacker process: decompresses a kernel, sums one, or picks firmware tables. It knows nothing of Xen.
 
 1. become user xenvm-unpack, without capabilities, files, sockets or new programs;
-2. read one Unpack or Sum with its descriptors, do it, answer, exit.
+2. read one Unpack, Sum or Tables with its descriptors, do it, answer, exit.
 
-Started as `_start.py unpacker UUID unpack|sum`, the last word being what it will be asked for.
+Started as `_start.py unpacker UUID unpack|sum|tables`, the last word being what it will be asked for.
 """
 
 import os
@@ -12,7 +12,7 @@ import sys
 
 from xenvm.boundary.messages import NO_DOMAIN, Failed, Fault
 from xenvm.boundary.privileges import Role
-from xenvm.boundary.workers import Sum, Summed, Unpack, Unpacked
+from xenvm.boundary.workers import Sum, Summed, Tables, Unpack, Unpacked
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 from xenvm.helpers import serve
 
@@ -31,6 +31,8 @@ def main() -> int:
         # Each loads what only it needs; once confined, a process can load nothing more.
         if sys.argv[3:] == ["sum"]:
             import hashlib  # noqa: PLC0415
+        elif sys.argv[3:] == ["tables"]:
+            from xenvm.helpers.unpacker import tables  # noqa: PLC0415
         else:
             from xenvm.helpers.unpacker import formats  # noqa: PLC0415
 
@@ -48,8 +50,12 @@ def main() -> int:
             while piece := os.read(descriptors[0], PIECE_BYTES):
                 digest.update(piece)
             answer = Summed(digest.hexdigest())
+        elif isinstance(message, Tables) and len(descriptors) > 1:
+            target, *sources = descriptors
+            size_bytes = tables.pick(target, sources, smbios=message.smbios, oem_types=message.oem_types)
+            answer = Unpacked(size_bytes)
         else:
-            raise ProtocolError("an unpacker unpacks or sums a file")
+            raise ProtocolError("an unpacker unpacks or sums a file, or picks tables")
         channel.send(answer)
     except XenvmError as error:
         channel.send(Failed(0, Fault(int(error.code), error.message[:4000], error.hint[:1000]), NO_DOMAIN))
