@@ -198,6 +198,7 @@ _BUILDER_REQUESTS: Final = (
     "build-paused",
     "rebuild",
     "query",
+    "survey",
     "pause",
     "unpause",
     "resume",

@@ -14,11 +14,12 @@ from xenvm.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Final
 
     from xenvm.boundary.machine import Machine
-    from xenvm.boundary.messages import Affinity, CpuidRule, Domain, Grants
+    from xenvm.boundary.messages import Domain, Grants
+    from xenvm.boundary.processors import Affinity, CpuidRule
     from xenvm.helpers.saved import Head
 
     Frames = Callable[[int, int], None]
@@ -150,6 +151,10 @@ class Hypervisor(ABC):
     @abstractmethod
     def exists(self, domid: int) -> bool:
         """Tell whether any domain has this id now."""
+
+    @abstractmethod
+    def domains(self) -> Iterable[tuple[Domain, str]]:
+        """Yield every guest of the host with its uuid."""
 
     @abstractmethod
     def find(self, uuid: str) -> list[Domain]:
