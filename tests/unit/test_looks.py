@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xenvm.boundary import survey
-from xenvm.boundary.messages import NO_DOMAIN, Ask, DomainState, Done, Failed, Fault, Op
+from xenvm.boundary.messages import NO_DOMAIN, Ask, DomainState, Done, Failed, Fault, Job, Op
 from xenvm.boundary.privileges import Role
 from xenvm.broker import looks
 from xenvm.errors import ExitCode, XenvmError
+from xenvm.helpers.builder.jobs import Builder
 from xenvm.supervisor.looking import PAUSE_S, SHARE_S, Looking
 
 OTHER = "99999999-2222-4333-8444-555555555555"
@@ -110,6 +111,26 @@ def test_a_crowd_fits_into_a_frame_and_who_is_cut_off_looks():
 @given(st.text())
 def test_no_text_is_an_error(text):
     assert survey.told(text, 7, UUID, 0, 1 << 62) in (None, DomainState.ABSENT)
+
+
+class Xen:
+    """A hypervisor with two domains; `asked_ns` is when they were listed."""
+
+    def domains(self):
+        self.asked_ns = time.monotonic_ns()
+        yield from ((RUNNING, UUID), (PAUSED.but(domid=8), OTHER))
+
+    def look(self, domid, uuid):
+        return PAUSED if (domid, uuid) == (7, UUID) else None
+
+
+def test_a_builder_takes_the_time_before_it_lists_and_looks_at_its_own_after_that(bench):
+    xen, before_ns = Xen(), time.monotonic_ns()
+    done = Builder(xen, None, None, lambda *_: None).run(Job(Op.SURVEY, UUID, 7, bench.grants), [])
+    begun_ns = int(done.text.split(" ")[0])
+    assert before_ns <= begun_ns <= xen.asked_ns
+    assert survey.told(done.text, 8, OTHER, begun_ns - 1, begun_ns) is DomainState.PAUSED
+    assert done.domain == PAUSED
 
 
 # The broker
@@ -223,7 +244,7 @@ def test_a_damaged_file_is_as_none(tmp_path_factory, more, place, byte):
         assert looks._read(file.fileno()) == ("" if damaged != whole else survey.text(5, [(RUNNING, UUID)]))
 
 
-def test_a_file_that_others_could_write_is_not_used(bench):
+def test_a_file_that_others_could_write_or_that_cannot_be_is_not_used(bench, monkeypatch):
     write(bench.file, line((RUNNING, UUID), ago_s=1))
     there = bench.file.read_bytes()
 
@@ -248,6 +269,10 @@ def test_a_file_that_others_could_write_is_not_used(bench):
     bench.file.unlink()
     bench.broker._directory = "/nowhere"
     assert alone()
+    bench.broker._directory = str(bench.file.parent)
+    monkeypatch.setattr(looks, "HERE", looks.HERE.but(simulator=str(bench.file.parent)))
+    assert alone()  # on a simulated host nobody else makes it
+    assert not bench.file.exists()
     assert bench.file.with_name("elsewhere").read_bytes() == there
 
 
