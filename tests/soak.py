@@ -17,6 +17,7 @@ from pathlib import Path
 from vms import SimulatedHost, Vm, json_of, kill, until
 
 from xenvm.errors import XenvmError
+from xenvm.supervisor.looking import PAUSE_S, SHARE_S
 
 LASTING = ("broker", "supervisor", "watcher")
 CONNECTIONS = {"builder": 2, "hotplug": 1, "network": 1}  # of a helper, to the simulated machine and xenstored
@@ -40,6 +41,16 @@ def memory_kib(pid):
 def switches(pid):
     text = Path(f"/proc/{pid}/status").read_text()
     return sum(int(line.split()[1]) for line in text.splitlines() if "ctxt_switches" in line)
+
+
+def processor_s(host):
+    """The processor time that all processes of a host and those that have ended there have used so far."""
+    used = 0
+    for pid in [host.process.pid, *host.processes()]:
+        with contextlib.suppress(OSError):
+            stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            used += sum(map(int, stat[11:15]))
+    return used / os.sysconf("SC_CLK_TCK")
 
 
 def free_mib():
@@ -100,7 +111,7 @@ class Soak:
             vm.ask("start")
             vm.until("running", 60)
         until(lambda: self.host.machine.call("held")["pid"] == 0, "nothing is held")
-        time.sleep(1)
+        time.sleep(PAUSE_S + SHARE_S)  # then all have looked what has ended
         return Count(self.host)
 
     def disturb(self, seconds):
@@ -236,6 +247,17 @@ def crowd(limit):
         time.sleep(20)
         print(
             f"switched in within 20 s, all {3 * n} processes together: {sum(map(switches, count.pids)) - before} times"
+        )
+        used = []
+        for vm in made[:: max(1, n // 5)]:
+            before = processor_s(host)
+            vm.ask("restart", timeout="60")
+            time.sleep(5)  # until nobody looks any more
+            used.append(processor_s(host) - before)
+        print(
+            f"processor time of one VM's reboot, with all that follows from it on the host: "
+            f"{statistics.median(used):.2f} s ({min(used):.2f} to {max(used):.2f})",
+            flush=True,
         )
         for name, act in (
             ("status", lambda vm: vm.ask("status")),

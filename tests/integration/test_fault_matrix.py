@@ -4,7 +4,8 @@
 import time
 
 import pytest
-from faults import OPERATIONS, PAIRS, Numbered, count, hurried
+from faultcases import PAIRS, Numbered, count, hurried
+from operations import OPERATIONS
 from vms import SimulatedHost, kill, until
 
 RUNS = [

@@ -14,7 +14,7 @@ import pytest
 from supervisor_bench import FAULT, PAUSED, POLICY, RUNNING, UUID, WAIT_S, Monitor, ended
 
 from xenvm.boundary.images import Progress
-from xenvm.boundary.messages import NO_DOMAIN, Fault, Hello, Op
+from xenvm.boundary.messages import NO_DOMAIN, Fault, Hello, Op, Watch, WatchEvent
 from xenvm.errors import ExitCode
 
 
@@ -331,6 +331,30 @@ def test_other_domains_ending_costs_one_look_a_second(monitor):
             monitor.watch()
         monitor.done(monitor.asked(Op.QUERY), RUNNING)
     assert time.monotonic() - begun > 1.8
+
+
+def test_while_another_monitor_looks_a_command_is_not_held_up_and_the_look_comes_again(monitor):
+    client = monitor.running().client()
+    monitor.watch()
+    look = monitor.asked(Op.QUERY)
+    assert 0 <= look.age_ms < 10_000
+    client.send("pause")
+    monitor.failed(look, Fault(int(ExitCode.BUSY), "another monitor looks at the host", ""), RUNNING)
+    monitor.done(monitor.asked(Op.PAUSE), PAUSED)
+    assert client.reply()["result"]["data"]["state"] == "paused"
+    begun = time.monotonic()
+    while (look := monitor.asked(Op.QUERY)).age_ms >= 0:
+        monitor.failed(look, Fault(int(ExitCode.BUSY), "another monitor looks at the host", ""), RUNNING)
+    assert time.monotonic() - begun < 10  # then it is a look of its own
+    monitor.done(look, ended(0))
+    monitor.done(monitor.asked(Op.DESTROY))
+    assert client.call("status")["data"]["state"] == "shutdown"
+
+
+def test_a_fresh_watcher_means_a_look_of_ones_own(monitor):
+    monitor.running()
+    monitor.watcher.send(Watch(WatchEvent.ARMED))
+    assert monitor.asked(Op.QUERY).age_ms == -1
 
 
 def test_waiting_for_a_state(monitor):

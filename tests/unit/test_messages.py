@@ -103,7 +103,7 @@ def test_a_supervisor_names_nothing():
 
     A disk has a path and a key file for show: what the broker does with them is tested with the broker.
     """
-    assert Ask.FIELDS == ("sequence", "op", "text", "code")
+    assert Ask.FIELDS == ("sequence", "op", "text", "code", "age_ms")
     assert Watch.FIELDS == ("event",)
     assert Plug.FIELDS == ("sequence", "disks", "nics", "directory", "file")  # the file by its bare name
     assert Unplug.FIELDS == ("sequence", "kind", "device", "disc", "force", "timeout_s")
@@ -198,9 +198,11 @@ def test_messages_do_not_change():
 
 
 def test_the_operations_are_those_of_the_table_of_commands():
-    assert Ask.from_body({"sequence": 1, "op": "destroy", "text": "", "code": 0}).op is Op.DESTROY
-    with pytest.raises(ProtocolError):
-        Ask.from_body({"sequence": 1, "op": "Destroy", "text": "", "code": 0})
+    body = Ask(1, Op.DESTROY, "", 0).as_body()
+    assert Ask.from_body(body).op is Op.DESTROY
+    for wrong in ({"op": "Destroy"}, {"age_ms": -2}, {"age_ms": 60_001}, {"age_ms": 0.5}):
+        with pytest.raises(ProtocolError):
+            Ask.from_body(body | wrong)
     with pytest.raises(ProtocolError):
         Hello.from_body({"role": "supervisor", "pid": 0, "proof": ""})
 

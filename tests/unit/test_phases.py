@@ -68,7 +68,7 @@ def request(bench, op):
 
 
 def test_every_request_of_a_supervisor_is_in_the_table():
-    assert set(PERMITS) == set(Op) - {Op.START, Op.START_PAUSED, Op.START_RESTORED, Op.CRASH}
+    assert set(PERMITS) == set(Op) - {Op.START, Op.START_PAUSED, Op.START_RESTORED, Op.CRASH, Op.SURVEY}
     assert set(TABLE[Role.BROKER].requests) == {op.value for op in Op}
 
 
@@ -115,7 +115,7 @@ def test_a_request_is_legal_in_its_phases_only(bench, op, phase):
         assert bench.acts.of("refused")[0]["op"] == op.value
 
 
-@pytest.mark.parametrize("op", [Op.START, Op.START_PAUSED, Op.START_RESTORED, *sorted(WITH_ARGUMENTS)])
+@pytest.mark.parametrize("op", [Op.START, Op.START_PAUSED, Op.START_RESTORED, Op.SURVEY, *sorted(WITH_ARGUMENTS)])
 @pytest.mark.parametrize("phase", VmPhase)
 def test_what_is_begun_otherwise_cannot_be_asked_for(bench, op, phase):
     """START by the broker itself, once; a change of devices by a message that says which."""

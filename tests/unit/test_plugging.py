@@ -15,7 +15,6 @@ from xenvm.boundary.frames import BODY_LIMIT_BYTES, encode
 from xenvm.boundary.images import Progress
 from xenvm.boundary.messages import (
     NO_DOMAIN,
-    CpuidRule,
     Done,
     Failed,
     Fault,
@@ -26,6 +25,7 @@ from xenvm.boundary.messages import (
     Parsed,
 )
 from xenvm.boundary.privileges import Role
+from xenvm.boundary.processors import CpuidRule
 from xenvm.boundary.workers import Connect, Decrypt, Join, Serve, Served
 from xenvm.broker import disks, plugging
 from xenvm.broker.plugging import Plugging, Wanted

@@ -41,6 +41,7 @@ from xenvm.boundary.devices import (
 )
 from xenvm.boundary.images import Image, Inspect, Pack, Packed, Packing, Progress, Restore, Save
 from xenvm.boundary.machine import MACHINE_MESSAGES, MACHINES, MODELS, Machine, ModelState
+from xenvm.boundary.processors import Affinity, CpuidRule
 from xenvm.boundary.workers import (
     Connect,
     Decrypt,
@@ -79,6 +80,7 @@ class Op(StrChoice):
     BUILD_PAUSED = "build-paused"
     REBUILD = "rebuild"
     QUERY = "query"
+    SURVEY = "survey"
     PAUSE = "pause"
     UNPAUSE = "unpause"
     RESUME = "resume"
@@ -139,6 +141,7 @@ _PATH_TEXT = string(4095)
 _LINE_TEXT = string(1024)
 _SEQUENCE = number(0, INT32_MAX)
 _SECONDS = number(1, 86400)
+AGE_LIMIT_MS: Final = 60_000
 _DOMID = number(-1, 0x7FEF)  # DOMID_FIRST_RESERVED is 0x7FF0 (xen.h); -1 means none
 
 
@@ -170,34 +173,6 @@ class Fault(Checked):
     message: str
     hint: str
     CHECKS: ClassVar = {"code": number(1, max(ExitCode)), "message": string(4096), "hint": string(1024)}
-
-
-_MASK_DIGITS: Final = frozenset("01xks")
-
-
-def _mask(text: str) -> bool:
-    return not text or (len(text) == 32 and _MASK_DIGITS.issuperset(text))
-
-
-class CpuidRule(Checked):
-    """One `cpuid` line: leaf, subleaf (-1 none) and four masks of 32 characters or "", eax to edx (xenctrl.h)."""
-
-    leaf: int
-    subleaf: int
-    masks: tuple[str, ...]
-    CHECKS: ClassVar = {
-        "leaf": number(0, 2**32 - 1),
-        "subleaf": number(-1, 2**32 - 1),
-        "masks": array(string(32, _mask), 4),
-    }
-
-
-class Affinity(Checked):
-    """One `cpus-affinity` line: the physical CPUs that a virtual CPU may run on."""
-
-    vcpu: int
-    cpus: tuple[int, ...]
-    CHECKS: ClassVar = {"vcpu": number(0, 8191), "cpus": array(number(0, 8191), 8192)}
 
 
 class Grants(Checked):
@@ -367,18 +342,30 @@ class Init(Message):
 
 
 class Ask(Message):
-    """Supervisor to broker: do this. `text` is for STARTED alone: the outcome to show whoever started the monitor."""
+    """Supervisor to broker: do this. `text` is for STARTED alone: the outcome to show whoever started the monitor.
+
+    For a QUERY another monitor's look at the whole host will do that has begun within the last `age_ms`; -1: none will.
+    """
 
     sequence: int
     op: Op
     text: str
     code: int
+    age_ms: int = -1
     KIND: ClassVar = 3
-    CHECKS: ClassVar = {"sequence": _SEQUENCE, "op": choice(Op), "text": string(4096), "code": number(0, max(ExitCode))}
+    CHECKS: ClassVar = {
+        "sequence": _SEQUENCE,
+        "op": choice(Op),
+        "text": string(4096),
+        "code": number(0, max(ExitCode)),
+        "age_ms": number(-1, AGE_LIMIT_MS),
+    }
 
 
 class Done(Message):
     """The asked-for thing happened; `domain` is the newest look at it, `devices` what FIND and DEVICES saw.
+
+    `text` is what a job has to say besides: a SURVEY all domains that run (boundary/survey.py).
 
     CONSOLE and Map send a descriptor along.
     """
@@ -393,7 +380,7 @@ class Done(Message):
     CHECKS: ClassVar = {
         "sequence": _SEQUENCE,
         "domain": Domain.from_body,
-        "text": string(32768),
+        "text": string(60000),
         "devices": STATES,
         "models": MODELS,
     }

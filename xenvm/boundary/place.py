@@ -20,6 +20,9 @@ OPTION: Final = "--simulator"
 MARK: Final = "simulator"
 """The file in a socket directory that makes it a simulated host's; Xen's monitors refuse such a directory."""
 
+LOOKS: Final = "looks"
+"""The file beside the locks in which brokers say what a look at the whole host has shown."""
+
 
 class Place(Record):
     """Where things are; `simulator` is the directory of a simulated host, "" stands for Xen's."""

@@ -199,6 +199,7 @@ _BUILDER_REQUESTS: Final = (
     "build-paused",
     "rebuild",
     "query",
+    "survey",
     "pause",
     "unpause",
     "resume",

@@ -31,7 +31,7 @@ from xenvm.boundary.messages import (
     Ready,
 )
 from xenvm.boundary.privileges import Role
-from xenvm.broker import findings, host, images, strays, uevents
+from xenvm.broker import host, images, looks, strays, uevents
 from xenvm.broker.book import Book
 from xenvm.broker.children import Child
 from xenvm.broker.models import Models
@@ -44,14 +44,13 @@ from xenvm.broker.phases import (
     REBUILDING,
     RESTORING,
     SAVING,
-    SELDOM_FOLLOWED,
     START_DEADLINE_S,
     STARTUP_OPS,
     WITH_ARGUMENTS,
     VmPhase,
     extra_s,
 )
-from xenvm.broker.requests import REQUESTS, change_of, must_wait, note, op_of, undone
+from xenvm.broker.requests import REQUESTS, change_of, must_wait, note, op_of, told, undone
 from xenvm.broker.spares import Spares
 from xenvm.broker.tidying import in_vain, left_nothing, look_again, what_is_left
 from xenvm.broker.uevents import Uevents
@@ -105,7 +104,7 @@ class Broker:
         self._spares = Spares(log, grants.uuid)
         self._spares.update({Role.BUILDER: spare} if spare else {})
         self._book = Book(host_policy)
-        self._uevents, self._models = Uevents(directory), Models(grants.uuid)
+        self._directory, self._uevents, self._models = directory, Uevents(directory), Models(grants.uuid)
         self._postponed: list[tuple[Message, list[int]]] = []
         self._recheck = False  # udev has told of a removed device; looked at when no job runs, which may have done it
         self._phase, self._domid = VmPhase.UNKNOWN, -1
@@ -296,7 +295,7 @@ class Broker:
             handed, descriptors[:] = [*descriptors], []
             self._plugged(work, lambda plugging: plugging.take(child, message, handed))
         elif work and (partner := work.partner(child)) and isinstance(message, ANSWERS):
-            self._to_builder(work, partner.take(message))
+            work.tell(partner.take(message))
         else:
             self._acts.append("protocol", role=child.role.value, pid=child.pid, why="message out of place")
             child.end()
@@ -315,7 +314,7 @@ class Broker:
             self._unpacked(work, lambda kernel: kernel.gone())
             return
         if work and (partner := work.partner(child)):
-            self._to_builder(work, partner.gone())
+            work.tell(partner.gone())
             return
         if self._keeping and child is self._keeping.child:
             self._keeping.close()
@@ -372,11 +371,24 @@ class Broker:
             elif ask.op is Op.READ_CONFIG:
                 self._read_config()
                 self._to_supervisor(Done(ask.sequence, self._known(), ""))
+            elif ask.age_ms >= 0 and ask.op is Op.QUERY:
+                self._look(ask)
             else:
                 self._begin(ask.sequence, ask.op, PERMITS[ask.op].deadline_s)
         except XenvmError as error:
             self._acts.append("refused", op=ask.op.value, why=error.message[:200])
             self._to_supervisor(failed(ask.sequence, error, self._known()))
+
+    def _look(self, ask: Ask) -> None:
+        """Look at all domains for every monitor of the host, unless another one does so or has done so since."""
+        answer, lock = looks.consult(self._directory, ask, self._known(), self._grants.uuid)
+        if answer:
+            self._to_supervisor(answer)
+            return
+        try:
+            self._begin(ask.sequence, Op.QUERY if lock < 0 else Op.SURVEY, PERMITS[Op.QUERY].deadline_s)
+        finally:
+            looks.keep(lock, self._work, self._spares)
 
     def _change(self, request: Request, descriptors: list[int]) -> None:
         """Begin what comes with arguments: a change of the running guest's devices, a save image."""
@@ -474,13 +486,7 @@ class Broker:
             plugging.close(succeeded=False)
             work.plugging = None
             answer = failed(0, error, NO_DOMAIN)
-        self._to_builder(work, answer)
-
-    def _to_builder(self, work: Work, answer: Message | None) -> None:
-        """Answer the helper of a job in the middle of it."""
-        if answer:
-            with suppress(ProtocolError):  # it has ended: its end is dealt with as such
-                work.builder.channel.send(answer)
+        work.tell(answer)
 
     def _unpacked(self, work: Work, step: Callable[[Making], None]) -> None:
         """Take a step towards the kernel; without one the job ends here, before its builder has done anything."""
@@ -515,6 +521,8 @@ class Broker:
                 self._keeping, work.kernel = work.kernel, None
             if work.op not in ON_DEVICES:
                 self._learn(message.domain)
+            if work.op is Op.SURVEY:
+                looks.publish(work.held, message.text)
             images.restored(self._policy, self._grants, work.op, message, self._acts)
             work.close()
             self._pass_on(work, message)
@@ -531,11 +539,8 @@ class Broker:
                 self._first(work, Op.BUILD, answer)  # nobody would do a guest's own reboot a second time
             else:
                 self._to_supervisor(answer)
-        seldom = SELDOM_FOLLOWED | (REBUILDING if isinstance(message, Failed) else set())
-        if not self._work and work.op not in seldom:
-            self._spares.make_ready(work.builder.role)
-            if work.change.wanted.vifs and work.op in ON_DEVICES:
-                self._spares.make_ready(Role.NETWORK)
+        if not self._work:
+            self._spares.follow(work, message)
 
     def _first(self, work: Work, op: Op, answer: Message, change: Change | None = None) -> None:
         """Undo what a job has left, or do the rest, by another one; only after that the answer to it is given."""
@@ -553,12 +558,7 @@ class Broker:
             self._to_supervisor(work.answer)
             return
         if work.op is not Op.CONSOLE:
-            domain = self._known() if work.op in ON_DEVICES else done.domain
-            text = done.text if work.op in ON_DEVICES | SAVING | {Op.S_STATE} else ""
-            if work.op in (Op.DEVICES, Op.SETTLE):
-                left = strays.find(self._grants.uuid, self._book.disks, self._book.servers)
-                text = "\n".join([*findings.of_host(), *left.sentences()])
-            self._to_supervisor(Done(work.sequence, domain, text, done.devices))
+            self._to_supervisor(told(work, done, self._known(), self._grants.uuid, self._book))
             return
         try:
             self._hand_over(work.sequence, host.open_console(done.text))

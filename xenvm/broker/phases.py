@@ -69,12 +69,12 @@ PERMITS: Final[Mapping[Op, Permit]] = MappingProxyType(
         Op.QUIT: Permit(_ANY, 10, 0),
     }
 )
-"""START, START_PAUSED, START_RESTORED and CRASH are not here: the broker begins those by itself."""
+"""START, START_PAUSED, START_RESTORED, CRASH and SURVEY are not here: the broker begins those by itself."""
 
 STARTUP_OPS: Final = MappingProxyType({"started": Op.START, "paused": Op.START_PAUSED, "shutdown": Op.FIND})
 """By the word of the config; all others are from an image."""
 
-SELDOM_FOLLOWED: Final = frozenset({Op.FIND, Op.DESTROY, Op.SETTLE})
+SELDOM_FOLLOWED: Final = frozenset({Op.FIND, Op.DESTROY, Op.SETTLE, Op.SURVEY})
 """After these no helper is made ready."""
 
 START_DEADLINE_S: Final = 720.0

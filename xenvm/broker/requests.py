@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from xenvm.boundary.devices import Kind, NicGrant
 from xenvm.boundary.images import Restore, Save
-from xenvm.boundary.messages import Ask, DomainState, Op, Plug, Rebridge, Unplug
-from xenvm.broker import host, images
-from xenvm.broker.phases import ON_DEVICES, PERMITS, REBUILDING
+from xenvm.boundary.messages import Ask, DomainState, Done, Op, Plug, Rebridge, Unplug
+from xenvm.broker import findings, host, images, strays
+from xenvm.broker.phases import ON_DEVICES, PERMITS, REBUILDING, SAVING
 from xenvm.broker.plugging import Wanted
 from xenvm.broker.work import POSTPONED_LIMIT, Change
 from xenvm.errors import UsageError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing import Final
 
     from xenvm.boundary.checks import Message
-    from xenvm.boundary.messages import Done, Grants
+    from xenvm.boundary.messages import Domain, Grants
     from xenvm.broker.actlog import ActLog
     from xenvm.broker.book import Book
     from xenvm.broker.work import Work
@@ -97,6 +97,15 @@ def note(book: Book, work: Work, done: Done) -> None:
     if done.domain.state is DomainState.ABSENT and work.op not in ON_DEVICES:
         book.does_not_run()
         book.domain_gone(for_good=not book.saved)
+
+
+def told(work: Work, done: Done, known: Domain, uuid: str, book: Book) -> Done:
+    """Return what a supervisor hears of a job: no more of its helper's words than it has to know."""
+    text = done.text if work.op in ON_DEVICES | SAVING | {Op.S_STATE} else ""
+    if work.op in (Op.DEVICES, Op.SETTLE):
+        left = strays.find(uuid, book.disks, book.servers)
+        text = "\n".join([*findings.of_host(), *left.sentences()])
+    return Done(work.sequence, known if work.op in ON_DEVICES else done.domain, text, done.devices)
 
 
 def undone(work: Work) -> Change:

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import time
 
+from xenvm.boundary.messages import Failed
+from xenvm.boundary.privileges import Role
 from xenvm.broker.children import Child
+from xenvm.broker.phases import ON_DEVICES, REBUILDING, SELDOM_FOLLOWED
 from xenvm.context import suppress
 from xenvm.errors import XenvmError
 
@@ -13,7 +16,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
-    from xenvm.boundary.privileges import Role
+    from xenvm.boundary.checks import Message
+    from xenvm.broker.work import Work
 
 SPARE_S: Final = 60.0  # how long one waits for the next command: they come in bursts
 
@@ -52,6 +56,14 @@ class Spares(dict["Role", Child]):
             with suppress(XenvmError):
                 self[role] = Child(role, self._log, {}, self._uuid)
         self.end_s = time.monotonic() + SPARE_S
+
+    def follow(self, work: Work, message: Message) -> None:
+        """Have helpers wait for the command that may follow a job; `message` is how that one ended."""
+        seldom = SELDOM_FOLLOWED | (REBUILDING if isinstance(message, Failed) else set())
+        if work.op not in seldom:
+            self.make_ready(work.builder.role)
+            if work.change.wanted.vifs and work.op in ON_DEVICES:
+                self.make_ready(Role.NETWORK)
 
     def drop(self, child: Child) -> None:
         """Forget one that has ended, if it is one of these."""

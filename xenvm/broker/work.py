@@ -171,6 +171,12 @@ class Work:
         if self.feed:
             self.feed.close_pipe()
 
+    def tell(self, answer: Message | None) -> None:
+        """Answer its helper in the middle of the work."""
+        if answer:
+            with suppress(ProtocolError):  # it has ended: its end is dealt with as such
+                self.builder.channel.send(answer)
+
     @property
     def waits_for_kernel(self) -> bool:
         """Tell whether the builder has not been told anything yet."""

@@ -103,7 +103,10 @@ def config(grants: Grants) -> bytes:
 
 
 def _machine(machine: Machine) -> dict[str, object]:
-    """Return what of an HVM guest's machine its device model depends on: xl starts one that can take up the state."""
+    """Return what of an HVM guest's machine its device model depends on: xl starts one that can take up the state.
+
+    libxl refuses fields that are said twice, also in the place that they had before Xen 4.10.
+    """
     screen = machine.vnc_port >= 0
     card = "none" if not screen else "cirrus" if machine.videoram_mib in CIRRUS_MIB else "std"
     serial = machine.serial if machine.serial != "tcp" else f"tcp:{machine.serial_host}:{machine.serial_port}"
@@ -116,7 +119,7 @@ def _machine(machine: Machine) -> dict[str, object]:
         **timers,
         "type.hvm": {
             "bios": "seabios",
-            **{name: _word(getattr(machine, name)) for name in ("pae", "acpi", "apic", "nx", "viridian")},
+            **{name: _word(getattr(machine, name)) for name in ("pae", "nx", "viridian")},
             "hpet": _word(machine.hpet != 0),
             "vpt_align": _word(machine.vpt_align != 0),
             "vga": {"kind": card},

@@ -16,8 +16,9 @@ import sys
 from xenvm import jsontext
 from xenvm.boundary.devices import DiskGrant, NicGrant
 from xenvm.boundary.frames import BODY_LIMIT_BYTES, encode
-from xenvm.boundary.messages import Affinity, ConfigIssue, CpuidRule, FileNeed, Grants, HostPolicy, Parsed, Policy
+from xenvm.boundary.messages import ConfigIssue, FileNeed, Grants, HostPolicy, Parsed, Policy
 from xenvm.boundary.privileges import Role
+from xenvm.boundary.processors import Affinity, CpuidRule
 from xenvm.config.dump import fields
 from xenvm.config.issue import visible
 from xenvm.config.parse import MAX_FILE_BYTES, ParseResult, parse_bytes

@@ -203,8 +203,8 @@ class Machine:
         used_kib = sum(domain.memory_kib for domain in self.domains.values())
         return {"free_kib": MEMORY_MIB * 1024 - used_kib, "scrubbing_kib": 0, "cpus": CPUS}
 
-    def _call_list(self) -> list[dict[str, object]]:
-        return [domain.told() for domain in self.domains.values()]
+    def _call_list(self, first: int = 1, limit: int = DOMID_LIMIT) -> list[dict[str, object]]:
+        return [self.domains[domid].told() for domid in sorted(self.domains) if domid >= first][:limit]
 
     def _call_look(self, domid: int) -> dict[str, object] | None:
         return self.domains[domid].told() if domid in self.domains else None

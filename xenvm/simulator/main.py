@@ -18,7 +18,7 @@ import socket
 import sys
 
 from xenvm.boundary.confine import confine
-from xenvm.boundary.place import MARK
+from xenvm.boundary.place import LOOKS, MARK
 from xenvm.boundary.privileges import TABLE, Role
 from xenvm.simulator.loop import Loop
 from xenvm.simulator.machine import Machine
@@ -41,6 +41,8 @@ def main() -> int:
         shutil.rmtree(f"{directory}/{name}", ignore_errors=True)
     for name in ("log", "console", "xenstored"):
         os.makedirs(f"{directory}/{name}", exist_ok=True)  # noqa: PTH103
+    looks = os.open(f"{directory}/{LOOKS}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    os.close(looks)
     loop = Loop()
     machine = Machine(loop, directory)
     wakeup = _signals()
@@ -65,8 +67,9 @@ def main() -> int:
     machine.close()
     for name in ("sys", "xenstored"):
         shutil.rmtree(f"{directory}/{name}", ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(f"{directory}/{MARK}")  # noqa: PTH108 - while the lock is held
+    for name in (LOOKS, MARK):  # the mark last, while the lock is held
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{directory}/{name}")  # noqa: PTH108
     return 0
 
 

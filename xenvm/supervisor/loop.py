@@ -24,6 +24,7 @@ from xenvm.boundary.messages import (
     Phase,
     Plug,
     Watch,
+    WatchEvent,
 )
 from xenvm.errors import (
     BusyError,
@@ -35,6 +36,7 @@ from xenvm.errors import (
 from xenvm.supervisor import answers, buttons, commands, devices, discs, images
 from xenvm.supervisor.control import Request
 from xenvm.supervisor.desk import Desk
+from xenvm.supervisor.looking import Looking
 from xenvm.supervisor.machine import SUSPEND_REASON, Happening, Vm, seen, step
 from xenvm.supervisor.model import Model
 from xenvm.supervisor.pending import GOALS, Operation, Waiter, error_of
@@ -49,7 +51,6 @@ if TYPE_CHECKING:
     from xenvm.boundary.frames import Channel
     from xenvm.supervisor.control import Client
 
-QUERY_PAUSE_S: Final = 1.0  # between two looks at the domain, however many others end on this host
 WAIT_DEFAULT_S: Final = 60.0
 BUILDS: Final = frozenset(
     {
@@ -78,8 +79,7 @@ class Supervisor(Desk):
         self._queue: list[Op] = []
         self._later: list[tuple[Client, Request]] = []
         self._sequence = 0
-        self._look_due = 0.0
-        self._looked = 0.0
+        self._looking = Looking()
         self._handovers: dict[int, tuple[Client, object]] = {}
         self._device_asks: dict[int, str] = {}
         self._nics: frozenset[int] = frozenset()
@@ -116,17 +116,17 @@ class Supervisor(Desk):
             due.append(self._operation.deadline_s)
         if self._operation and self._operation.commit_due_s:
             due.append(self._operation.commit_due_s)
-        if self._look_due and not self._asked:
-            due.append(self._look_due)
+        if self._looking.due_s and not self._asked:
+            due.append(self._looking.due_s)
         due += [self._model.due] if self._model.due else []
         return max(0.0, min(due) - time.monotonic()) if due else -1
 
     def _timers(self, now_s: float) -> None:
         self._model.expire(now_s)
-        if self._look_due and now_s >= self._look_due and not self._asked:
-            self._look_due, self._looked = 0.0, now_s
+        if self._looking.due_s and now_s >= self._looking.due_s and not self._asked:
+            age_ms = self._looking.begin(now_s)
             if self._vm.state not in ENDED:
-                self._ask(Op.QUERY)
+                self._ask(Op.QUERY, age_ms)
         operation = self._operation
         if operation and operation.deadline_s and now_s >= operation.deadline_s:
             operation.deadline_s = 0.0
@@ -139,7 +139,7 @@ class Supervisor(Desk):
 
     # Broker and watcher
 
-    def _ask(self, op: Op) -> None:
+    def _ask(self, op: Op, age_ms: int = -1) -> None:
         """Send a request, or keep it until the broker is free; a destroy overtakes and cancels everything else."""
         if op is Op.DESTROY:
             self._queue.clear()
@@ -149,7 +149,7 @@ class Supervisor(Desk):
         self._sequence += 1
         self._asked = (self._sequence, op)
         self._debug(f"asked {op}")
-        self._broker.send(Ask(self._sequence, op, "", 0))
+        self._broker.send(Ask(self._sequence, op, "", 0, age_ms))
 
     def _from_broker(self) -> bool:
         """Take one message of the broker; return False when it has ended."""
@@ -193,6 +193,8 @@ class Supervisor(Desk):
 
     def _outcome(self, op: Op, message: Done | Failed) -> None:
         now_s = time.monotonic()
+        if self._looking.put_off(op, message, now_s):
+            return
         if op is Op.CHECKPOINT and self._operation and isinstance(message, Done):
             self._operation.told = images.size(message.text)
         if isinstance(message, Failed):
@@ -202,7 +204,7 @@ class Supervisor(Desk):
             self._happen(Happening(Event.DESTROYED, now_s))
         elif op is Op.WITHDRAW:
             self._happen(Happening(Event.WITHDRAWN, now_s))
-            self._look_soon(now_s)
+            self._looking.soon(now_s, alone=True)
         elif op is Op.SAVE:
             self._saved(message)
         elif op in BUILDS:
@@ -242,17 +244,13 @@ class Supervisor(Desk):
             event = Event.FAILED_UP
         self._happen(Happening(event, now_s, message.domain.domid, fault=message.fault))
         if event is Event.FAILED_UP and op is not Op.QUERY:  # what the guest did meanwhile was not looked at
-            self._look_soon(now_s)
+            self._looking.soon(now_s, alone=True)
 
     def _from_watcher(self) -> None:
         """Something ended on this host: look soon, however many such events there are."""
         received = self._watcher.receive_now()
         if received and isinstance(received[0], Watch) and self._vm.state not in ENDED:
-            self._look_soon(time.monotonic())
-
-    def _look_soon(self, now_s: float) -> None:
-        if not self._look_due:
-            self._look_due = max(now_s, self._looked + QUERY_PAUSE_S)
+            self._looking.soon(time.monotonic(), alone=received[0].event is WatchEvent.ARMED)
 
     # The machine
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from xenvm.boundary.messages import CpuidRule
+from xenvm.boundary.processors import CpuidRule
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -14,11 +14,12 @@ from xenvm.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Final
 
     from xenvm.boundary.machine import Machine
-    from xenvm.boundary.messages import Affinity, CpuidRule, Domain, Grants
+    from xenvm.boundary.messages import Domain, Grants
+    from xenvm.boundary.processors import Affinity, CpuidRule
     from xenvm.helpers.saved import Head
 
 NOT_KNOWN: Final = -1
@@ -165,6 +166,10 @@ class Hypervisor(ABC):
     @abstractmethod
     def exists(self, domid: int) -> bool:
         """Tell whether any domain has this id now."""
+
+    @abstractmethod
+    def domains(self) -> Iterable[tuple[Domain, str]]:
+        """Yield every guest of the host with its uuid."""
 
     @abstractmethod
     def find(self, uuid: str) -> list[Domain]:

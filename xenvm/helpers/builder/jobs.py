@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 
+from xenvm.boundary import survey
 from xenvm.boundary.devices import is_server
 from xenvm.boundary.images import other_memory
 from xenvm.boundary.machine import ModelState, is_tty
@@ -65,7 +66,7 @@ class Builder:
         self._seen: tuple[DeviceState, ...] = ()  # devices of which processes may be left that only the broker can end
 
     def run(self, job: Job, images: list[int]) -> Done:
-        """Do the job; return the domain as it is then, the text that only CONSOLE has, and the devices it came upon."""
+        """Do the job; return the domain as it is then, what some ops say besides, and the devices it came upon."""
         if job.op is Op.CONSOLE:
             return Done(0, self._ours(job), self._console(job))
         if job.op is Op.S_STATE:
@@ -90,6 +91,9 @@ class Builder:
         if job.op in (Op.SAVE, Op.CHECKPOINT):
             saving = Saving(self._xen, self._store, job, self._progress, self._plugging)
             text = saving.run(images, self._ours(job), go_on=job.op is Op.CHECKPOINT)
+        elif job.op is Op.SURVEY:
+            begun_ns = time.monotonic_ns()
+            text = survey.text(begun_ns, self._xen.domains())
         elif job.op is not Op.QUERY:
             self._ACTIONS[job.op](self, self._ours(job), job)
         return self._look(job), text

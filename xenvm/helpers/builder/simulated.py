@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 
-from xenvm.boundary.messages import Affinity, CpuidRule, Domain, DomainState, Phase
+from xenvm.boundary.messages import Domain, DomainState, Phase
 from xenvm.boundary.place import HERE
 from xenvm.errors import WrongStateError
 from xenvm.helpers import imagefile, saved
@@ -17,12 +17,17 @@ from xenvm.simulator.client import Machine, MachineError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, NoReturn
+    from collections.abc import Iterator
+    from typing import Any, Final, NoReturn
 
     from xenvm.boundary.messages import Grants
+    from xenvm.boundary.processors import Affinity, CpuidRule
     from xenvm.helpers.builder.hypervisor import Hooks
 
     Told = dict[str, Any]
+
+
+INFO_BATCH: Final = 256
 
 
 class Hypervisor(hypervisor.Hypervisor):
@@ -145,6 +150,13 @@ class Hypervisor(hypervisor.Hypervisor):
     def exists(self, domid: int) -> bool:
         """Tell whether any domain has this id now."""
         return self._call("look", domid=domid) is not None
+
+    def domains(self) -> Iterator[tuple[Domain, str]]:
+        """Yield every guest of the host with its uuid, batch by batch as Xen does."""
+        first = 1
+        while batch := self._call("list", first=first, limit=INFO_BATCH):
+            yield from ((_domain(told), told["uuid"]) for told in batch)
+            first = batch[-1]["domid"] + 1
 
     def find(self, uuid: str) -> list[Domain]:
         """Return the domains whose handle is `uuid`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-from xenvm.boundary.messages import Affinity, CpuidRule, Domain, DomainState, Phase
+from xenvm.boundary.messages import Domain, DomainState, Phase
 from xenvm.errors import WrongStateError, XenvmError
 from xenvm.helpers.builder import hypervisor
 from xenvm.helpers.builder.hypervisor import (
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from xenvm.boundary.machine import Machine
     from xenvm.boundary.messages import Grants
+    from xenvm.boundary.processors import Affinity, CpuidRule
     from xenvm.helpers.builder.hypervisor import Hooks
     from xenvm.helpers.saved import Head
 
@@ -326,9 +327,13 @@ class Hypervisor(hypervisor.Hypervisor):
         """Tell whether any domain has this id now."""
         return any(domain.domid == domid for domain, _handle in self._domains(domid, 1))
 
+    def domains(self) -> Iterator[tuple[Domain, str]]:
+        """Yield every guest of the host with its uuid; one hypercall tells of 256."""
+        return self._domains(1, INFO_BATCH)
+
     def find(self, uuid: str) -> list[Domain]:
         """Return the domains whose handle is `uuid`; more than one only after a foreign tool made a double."""
-        return [domain for domain, handle in self._domains(1, INFO_BATCH) if handle == uuid]
+        return [domain for domain, handle in self.domains() if handle == uuid]
 
     def _domains(self, first: int, batch: int) -> Iterator[tuple[Domain, str]]:
         infos = ffi.new("xc_domaininfo_t[]", batch)
