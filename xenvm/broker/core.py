@@ -52,7 +52,7 @@ from xenvm.broker.phases import (
 )
 from xenvm.broker.requests import REQUESTS, change_of, must_wait, note, op_of, told, undone
 from xenvm.broker.spares import Spares
-from xenvm.broker.tidying import in_vain, left_nothing, look_again, what_is_left
+from xenvm.broker.tidying import AGAIN, in_vain, left_nothing, look_again, once_more, what_is_left
 from xenvm.broker.uevents import Uevents
 from xenvm.broker.work import ANSWERS, Change, Work, allow, failed, forget, let_run, log_job
 from xenvm.context import suppress
@@ -535,8 +535,8 @@ class Broker:
                 self._first(work, Op.UNPLUG, answer, undone(work))
             elif work.op in SAVING and work.result is None:
                 self._first(work, Op.RESUME, answer)
-            elif work.op is Op.REBUILD and self._phase is VmPhase.ABSENT and not left_nothing(work):
-                self._first(work, Op.BUILD, answer)  # nobody would do a guest's own reboot a second time
+            elif again := once_more(work, made, absent=self._phase is VmPhase.ABSENT):
+                self._first(work, again, answer)
             else:
                 self._to_supervisor(answer)
         if not self._work:
@@ -551,7 +551,7 @@ class Broker:
                 self._acts.append("refused", op=op.value, why=error.message[:200])
             self._to_supervisor(answer)
         if self._work:
-            self._work.answer = None if op is Op.BUILD else answer
+            self._work.answer, self._work.repeats = None if op in AGAIN else answer, op in AGAIN
 
     def _pass_on(self, work: Work, done: Done) -> None:
         if work.answer:

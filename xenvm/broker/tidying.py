@@ -15,6 +15,8 @@ from xenvm.errors import XenvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Final
+
     from xenvm.boundary.messages import Grants
     from xenvm.broker.actlog import ActLog
     from xenvm.broker.book import Book
@@ -37,6 +39,23 @@ def left_nothing(work: Work) -> bool:
     """Tell whether a builder has said itself that it failed, after it has removed what it had made."""
     failed_in_words = isinstance(work.result, Failed) and work.result.domain.phase is not Phase.BUILDING
     return failed_in_words and (work.created or work.op is not Op.REBUILD)
+
+
+AGAIN: Final = frozenset({Op.BUILD, Op.DESTROY})
+"""What may be begun once more, for the same request."""
+
+
+def once_more(work: Work, made: Done | None, *, absent: bool) -> Op | None:
+    """Return what to do once more for a job that has failed, since nobody would ask for it again.
+
+    A guest's own reboot that has lost its domain; the end of a domain that is still whole, because its builder died
+    before it had begun.
+    """
+    if made or work.repeats:
+        return None
+    if work.op is Op.REBUILD and absent and not left_nothing(work):
+        return Op.BUILD
+    return Op.DESTROY if work.op is Op.DESTROY and work.result is None and time.monotonic() < work.end else None
 
 
 def look_again(grants: Grants, log: int, acts: ActLog, models: Models) -> Done | Failed | None:

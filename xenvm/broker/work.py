@@ -93,7 +93,7 @@ class Work:
         self.feed: Feed | Sink | None = None
         self.talk: Talk | None = None
         """With the device model of a guest that is saved, or woken after that."""
-        self.created = self.cancelled = False
+        self.created = self.cancelled = self.repeats = False
         self.answer: Message | None = None
         """What to tell at the end instead of how it went: this only tidies up behind something that failed."""
         self.held: list[int] = []
