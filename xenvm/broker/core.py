@@ -277,7 +277,7 @@ class Broker:
         elif work and child is work.builder and isinstance(message, Loaded):
             self._plugged(work, lambda plugging: plugging.loaded(message.domid))
         elif work and work.talk and child is work.builder and isinstance(message, Wished):
-            work.talk.ask(message)
+            work.tell(work.talk.ask(message))
         elif work and child is work.builder and isinstance(message, EndModel):
             self._models.end(message.domid, message.server)
             child.channel.send(Ready(()))

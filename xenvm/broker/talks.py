@@ -57,13 +57,16 @@ class Talk:
         finally:
             host.close_all(passed)
 
-    def ask(self, wish: Wished) -> None:
-        """Pass a wish of the builder on; it has one at a time."""
+    def ask(self, wish: Wished) -> Message | None:
+        """Pass a wish of the builder on, which has one at a time; return the answer if there can be no other."""
         if self.asked:
             raise ProtocolError("one wish at a time")
         self.asked = True
+        if self.child.pidfd < 0:
+            return self.gone()
         with suppress(ProtocolError):  # it has ended: its end is dealt with as such
             self.child.channel.send(wish)
+        return None
 
     def take(self, message: Message) -> Message | None:
         """Return what the builder is to hear of an answer, if it has asked."""
@@ -82,7 +85,9 @@ class Talk:
 
     def answer(self, wish: Wished) -> Message:
         """Have a wish granted, and wait for that."""
-        self.ask(wish)
+        answer = self.ask(wish)
+        if answer:
+            return answer
         try:
             while (received := self.child.channel.receive(deadline_s=ANSWER_WAIT_S)) is not None:
                 host.close_all(received[1])
