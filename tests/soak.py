@@ -9,6 +9,7 @@ import contextlib
 import os
 import random
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -58,6 +59,16 @@ def free_mib():
     return int(line.split()[1]) >> 10
 
 
+def bare_mib():
+    """Private memory of an interpreter that has loaded nothing, in MiB."""
+    words = [sys.executable, "-I", "-S", "-B", "-c", "import time; time.sleep(60)"]
+    with subprocess.Popen(words) as bare:
+        time.sleep(1)
+        kib = memory_kib(bare.pid)[1]
+        bare.kill()
+    return kib / 1024
+
+
 class Count:
     """What there is of all monitors and of the host's process; helpers that wait for the next command do not count."""
 
@@ -71,11 +82,13 @@ class Count:
         helpers = [parent for parent, role in parents.values() if role not in LASTING]
         self.processes = len(self.pids)
         self.descriptors, self.pss_kib, self.private_kib = -2 * len(helpers), 0, 0
+        self.by_role = dict.fromkeys(LASTING, 0)
         for pid in self.pids:
             with contextlib.suppress(OSError):
                 self.descriptors += len(os.listdir(f"/proc/{pid}/fd"))
                 pss, private = memory_kib(pid)
                 self.pss_kib, self.private_kib = self.pss_kib + pss, self.private_kib + private
+                self.by_role[parents[pid][1]] += private
         waiting = sum(CONNECTIONS.get(role, 0) for _, role in parents.values())
         self.host_descriptors = len(os.listdir(f"/proc/{host.process.pid}/fd")) - waiting
         self.host_kib = memory_kib(host.process.pid)[0]
@@ -242,6 +255,8 @@ def crowd(limit):
             f"{count.host_kib / n:.0f} KiB of the host's process",
             flush=True,
         )
+        each = ", ".join(f"{role} {kib / n / 1024:.1f}" for role, kib in count.by_role.items())
+        print(f"private memory of each process, in MiB: {each}; a bare interpreter {bare_mib():.1f}")
         assert count.processes == 3 * n
         before = sum(map(switches, count.pids))
         time.sleep(20)

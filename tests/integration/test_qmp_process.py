@@ -92,11 +92,14 @@ def test_a_save_and_a_resume(attached):
     assert model.heard == [
         ("qmp_capabilities", {}),
         ("xen-set-global-dirty-log", {"enable": True}),
+        ("xen-set-global-dirty-log", {"enable": True}),  # QEMU aborts when it is to end what it has not begun
         ("xen-set-global-dirty-log", {"enable": False}),
         ("stop", {}),
         ("add-fd", place),
         ("xen-save-devices-state", {"filename": f"/dev/fdset/{module.STATE_SET}", "live": False}),
         ("remove-fd", place),
+        ("xen-set-global-dirty-log", {"enable": True}),
+        ("xen-set-global-dirty-log", {"enable": False}),
         ("cont", {}),
     ]
     state.seek(0)
@@ -146,6 +149,18 @@ def test_one_that_does_not_answer_has_a_deadline(monkeypatch):
     talk = Talk(model.theirs.detach(), os.open(os.devnull, os.O_WRONLY))
     with pytest.raises(module.XenvmError, match=r"no answer to save within 0\.3 s"):
         talk.grant(Wish.SAVE)
+    model.close()
+
+
+def test_an_answer_that_comes_too_late_is_none_to_the_next_wish(monkeypatch):
+    monkeypatch.setattr(module, "ANSWER_WAIT_S", 0.3)
+    model = Model(answers={"stop": None})
+    talk = Talk(model.theirs.detach(), os.open(os.devnull, os.O_WRONLY))
+    with pytest.raises(module.XenvmError, match="no answer to save"):
+        talk.grant(Wish.SAVE)
+    model.ours.sendall(b'{"return": {}, "id": 2}\n')  # `stop`, the second command
+    talk.grant(Wish.RUN)
+    assert model.heard[-1] == ("cont", {})
     model.close()
 
 

@@ -15,7 +15,7 @@ from xenvm.boundary.images import Image, Inspect, Pack, Packed, Packing, Progres
 from xenvm.boundary.messages import NO_DOMAIN, DomainState, Done, Failed, HostPolicy, Init, Op
 from xenvm.boundary.privileges import Role
 from xenvm.broker import core, images, work
-from xenvm.broker.phases import IMAGE_S_PER_MIB, PERMITS
+from xenvm.broker.phases import IMAGE_S_PER_MIB, MODEL_S, PERMITS
 from xenvm.errors import ExitCode, UsageError, XenvmError
 
 SUSPENDED = RUNNING.but(state=DomainState.SHUTDOWN, reason=2)
@@ -61,7 +61,7 @@ def restore(bench, file, *, paused=False, foreign=False):
 def test_a_save_gets_the_file_and_time_for_the_memory(bench, file, go_on, op):
     job = save(bench, file, go_on=go_on)
     assert (job.op, job.timeout_s, job.domid) == (op, 30, 7)
-    assert bench.broker._work.deadline_s == PERMITS[op].deadline_s + 30 + 64 * IMAGE_S_PER_MIB
+    assert bench.broker._work.deadline_s == PERMITS[op].deadline_s + 30 + MODEL_S + 64 * IMAGE_S_PER_MIB
     bench.answer(Progress(0, "writing the image", 4096, 65536))
     assert bench.heard() == Progress(5, "writing the image", 4096, 65536)
     bench.answer(Done(0, SUSPENDED, "4711"))

@@ -345,9 +345,21 @@ def test_a_refusal_and_the_workers_end_reach_the_builder_once(bench, qemu, tmp_p
         bench.answer(Wished(Wish.RUN))
 
 
+def test_a_wish_before_the_worker_has_answered_ends_that_worker(bench, qemu, tmp_path):
+    """Its late answer could pass for one to this wish."""
+    talk, _, _, _ = saving(bench, qemu, tmp_path)
+    bench.answer(Wished(Wish.SAVE))
+    bench.answer(Wished(Wish.RUN))
+    message, _ = said(bench.builder)
+    assert "without an answer" in message.fault.message
+    assert talk.killed
+    assert bench.broker._work
+
+
 def test_without_a_device_model_nothing_is_begun(bench, qemu, tmp_path):
     running(bench, qemu)
-    bench.broker._models.forget()
+    os.close(bench.broker._models.pidfd)
+    bench.broker._models.pidfd = -1  # it has ended
     image = target(tmp_path)
     bench.send(Save(5, False, 60), (image,))
     os.close(image)

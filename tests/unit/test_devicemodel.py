@@ -126,7 +126,7 @@ def test_no_card_is_said():
 
 def test_it_begins_with_a_state_that_it_is_handed():
     assert "-incoming" not in options(10)
-    assert "-incoming fd:9 " in options(10, LAUNCH.but(incoming=True), NUMBERS.but(incoming=9))
+    assert "-incoming defer " in options(10, LAUNCH.but(incoming=True), NUMBERS.but(incoming=9))
 
 
 GOOD = b"""\

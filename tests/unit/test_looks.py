@@ -298,7 +298,8 @@ def test_however_a_look_ends_the_lock_is_free(bench):
     assert isinstance(bench.heard(), Failed)
     assert is_free(bench.file)
     assert bench.file.read_bytes() == b""
-    bench.broker._finish()
+    for _ in range(2):  # it is begun once more
+        bench.broker._finish()
     bench.heard()
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Compressed save images: written through a pipe, unpacked on the way back, and what is refused of them."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -40,19 +41,19 @@ def unsealed(stream=None):
     return image(stream, text=text)
 
 
-def packed(content):
+def packed(content, limit_bytes=1 << 30):
     """Return what comes of it."""
     readable, writable = os.pipe()
 
     def write():
-        with os.fdopen(writable, "wb") as pipe:
+        with contextlib.suppress(BrokenPipeError), os.fdopen(writable, "wb", buffering=0) as pipe:
             pipe.write(content)
 
     with tempfile.TemporaryFile() as file:
         writer = threading.Thread(target=write)
         writer.start()
         try:
-            length = packing.pack(readable, file.fileno(), packing.prepare(file.fileno(), 1024))
+            length = packing.pack(readable, file.fileno(), packing.prepare(file.fileno(), 1024), limit_bytes)
         finally:
             os.close(readable)
             writer.join()
@@ -60,6 +61,14 @@ def packed(content):
         whole = file.read()
     assert length == len(whole)
     return whole
+
+
+def test_more_than_anybody_would_unpack_is_not_packed():
+    """A guest that writes to all of its memory while it is saved live: it runs on."""
+    content = unsealed()
+    assert packed(content, len(content))
+    with pytest.raises(XenvmError, match="more than 0 MiB: too much"):
+        packed(content, len(content) - 1)
 
 
 def unpacked(content):

@@ -6,8 +6,10 @@ import os
 import tempfile
 
 import pytest
+from test_devicemodel import PLAIN
 
 from xenvm.boundary.images import Image
+from xenvm.boundary.machine import Wish
 from xenvm.boundary.messages import Domain, DomainState, Grants, Job, Op, Phase
 from xenvm.errors import ExitCode, WrongStateError, XenvmError
 from xenvm.helpers import imagefile, saved
@@ -267,3 +269,139 @@ def test_an_image_of_another_size_is_refused_though_it_may_be_of_another_vm(xen,
 
 def test_how_often_is_told_how_far_it_is():
     assert 0 < saving.TELL_PAUSE_S < 5
+
+
+# An HVM guest, and its device model
+
+
+class Virtual(Packer):
+    """What is asked of the device model."""
+
+    def model(self, wish):
+        self.calls.append(wish)
+        if self.failure:
+            raise self.failure
+
+
+@pytest.fixture
+def virtual(xen, store):
+    """A guest with a device model, and what its monitor asks."""
+    store.nodes[f"/xenvm/{UUID}/model/server"] = b"4711 99"
+    xen.tracked = []
+    xen.stop_tracking = xen.tracked.append
+    xen.has_drivers, xen.sleep_state = lambda _domid: True, lambda _domid: 0
+    return Virtual()
+
+
+HVM = GRANTS.but(machine=(PLAIN,))
+
+
+def saving_of(xen, store, broker, **changes):
+    made = Saving(xen, store, job(grants=HVM, **changes), lambda *_: None, broker)
+    made._memory_kib = 400_000
+    return made
+
+
+def test_its_device_model_stands_still_after_the_guest_and_before_the_memory_is_written(xen, store, virtual):
+    def save(_domid, descriptor, grants, hooks, *, live):
+        assert live
+        hooks.track(True)
+        hooks.suspend()
+        head = saved.head(grants)
+        imagefile.write(descriptor, head.content)
+        return head
+
+    xen.save = save
+    with tempfile.TemporaryFile() as file, tempfile.TemporaryFile() as state:
+        state.write(b"QEVM 123")
+        state.flush()
+        told = saving_of(xen, store, virtual, live=True).run([file.fileno(), state.fileno()], RUNNING, go_on=True)
+        assert virtual.calls == [Wish.TRACK, Wish.SAVE, Wish.RUN]
+        assert xen.resumed == 1
+        file.seek(0)
+        assert file.read().endswith(saved.emulator_head(8) + b"QEVM 123" + saved.TAIL)
+    assert told.startswith("image_bytes=")
+    assert " rounds=0" in told
+
+
+def test_one_without_pv_drivers_is_not_asked(xen, store, virtual):
+    xen.has_drivers = lambda _domid: False
+    xen.suspend = lambda _domid: setattr(xen, "domain", SUSPENDED)
+    saving_of(xen, store, virtual)._suspend()
+    assert virtual.calls == [Wish.SAVE]
+    assert f"{HOME}/control/shutdown" not in store.nodes
+
+
+@pytest.mark.parametrize("state", [b"", b"x" * 9])
+def test_a_state_that_is_none_or_too_long_has_the_guest_run_on(xen, store, virtual, state, monkeypatch):
+    monkeypatch.setattr(saving, "STATE_LIMIT_BYTES", 8)
+    xen.save = lambda _domid, descriptor, grants, hooks, *, live: (hooks.suspend(), saved.head(grants))[1]
+    with tempfile.TemporaryFile() as file, tempfile.TemporaryFile() as place:
+        place.write(state)
+        place.flush()
+        with pytest.raises(XenvmError, match="a state of"):
+            saving_of(xen, store, virtual).run([file.fileno(), place.fileno()], RUNNING, go_on=False)
+    assert virtual.calls[-1] == Wish.RUN
+    assert xen.resumed == 1
+
+
+@pytest.mark.parametrize(("domain", "resumed"), [(SUSPENDED, 1), (RUNNING, 0)])
+def test_whoever_comes_after_a_dead_builder_ends_its_tracking_and_wakes_the_device_model(
+    xen, store, virtual, domain, resumed
+):
+    xen.domain = domain
+    saving_of(xen, store, virtual).settle()
+    assert (xen.tracked, virtual.calls, xen.resumed) == ([7], [Wish.RUN], resumed)
+
+
+def test_a_device_model_that_does_not_wake_leaves_the_guest_suspended(xen, store, virtual):
+    """Without it the guest's devices would not answer."""
+    virtual.failure = XenvmError("device model: no")
+    xen.domain = SUSPENDED
+    with pytest.raises(XenvmError, match="device model: no"):
+        saving_of(xen, store, virtual).settle()
+    assert xen.resumed == 0
+
+
+@pytest.mark.parametrize("server", [b"4711 99", None])
+def test_a_config_of_another_type_saves_nothing(xen, store, server):
+    if server:
+        store.nodes[f"/xenvm/{UUID}/model/server"] = server
+    grants = GRANTS if server else HVM
+    with tempfile.TemporaryFile() as file, pytest.raises(WrongStateError, match="another type"):
+        Saving(xen, store, job(grants=grants), lambda *_: None, Packer()).run([file.fileno()], RUNNING, go_on=False)
+    assert xen.domain is RUNNING
+
+
+def rounds(saver, dirty, frames=1 << 20):
+    """Ask as libxenguest does; return the rounds over the running guest, and how many pages they wrote."""
+    number, written, pages = 0, 0, 100_000
+    last = frames
+    while True:
+        more = saver._another(number, written, last)
+        number += 1
+        pages += 0 if number == 1 else last
+        if not more:
+            return number, pages
+        written += last
+        if not saver._another(number, written, -1):
+            return number, pages
+        last = dirty
+
+
+@pytest.mark.parametrize(
+    ("dirty", "passes"),
+    [
+        (0, 2),  # the second one is empty
+        (49, 2),
+        (50, 5),
+        (10_000, 5),
+        (30_000, 3),
+        (100_000, 2),
+    ],
+)
+def test_how_often_the_memory_of_a_running_guest_is_written(xen, store, virtual, dirty, passes):
+    """The guest has 100,000 pages; libxenguest counts a million frames for the first round."""
+    number, written = rounds(saving_of(xen, store, virtual, live=True), dirty)
+    assert number == passes
+    assert written <= 2.5 * 100_000

@@ -223,7 +223,7 @@ class Wish(StrChoice):
     TRACK = "track"  # note which memory it writes to, for the library that copies it
     UNTRACK = "untrack"
     SAVE = "save"  # stand still, and say its state
-    RUN = "run"
+    RUN = "run"  # and note nothing any more: right at any moment, and twice
 
 
 class Attach(Message):

@@ -146,6 +146,8 @@ class Conversation:
             while not self._parser.replies:
                 self._read()
             reply = self._parser.replies.pop(0)
+            if 0 < reply.identifier < self._identifier:  # what nobody waited for any more
+                continue
             if reply.identifier != self._identifier:
                 raise QmpError("the device model answers what it was not asked")
             if reply.error:

@@ -455,7 +455,7 @@ class Broker:
             change = change.but(wanted=self._book.wanted(grants), timeout_s=grants.device_timeout_s)
         if op is Op.START_RESTORED:
             change = change.but(image=images.open_granted(grants.image, self._acts))
-        deadline_s += extra_s(op, grants.memory_max_mib)
+        deadline_s += extra_s(op, grants.memory_max_mib, live=change.live)
         files = host.open_images(grants) if op in REBUILDING - RESTORING else []
         log_job(self._acts, "job", op, op is Op.RESUME, domid=self._domid)
         role = Role.HOTPLUG if op in ON_DEVICES else Role.BUILDER

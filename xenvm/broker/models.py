@@ -161,12 +161,18 @@ class Launching:
         `incoming`: it begins with the state that somebody writes into the file `incoming` until then.
         """
         self._grants = grants
-        self.incoming = state_file() if incoming else -1
+        self.incoming = -1
         self._machine: Machine = grants.machine[0]
         self.worker: Child | None = Child(Role.DEVICEMODEL, log, {}, grants.uuid)
         self._domid, self._pid, self._pidfd, self._port = -1, -1, -1, 0
         self.state: ModelState | None = None
         self._named = False
+        if incoming:
+            try:
+                self.incoming = state_file()
+            except OSError:
+                self.close(succeeded=False)
+                raise
 
     def launch(self, domid: int, opened: Mapping[int, int], vifs: Iterable[Vif], taps: list[int]) -> None:
         """Have QEMU started for `domid`, with the `opened` disks by device number, and `taps` of the first cards."""

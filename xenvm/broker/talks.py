@@ -8,6 +8,7 @@ hands on to the device model, the builder one to read.
 from __future__ import annotations
 
 import os
+import time
 
 from xenvm.boundary.machine import Attach, Granted, Wished
 from xenvm.boundary.messages import NO_DOMAIN, Failed, Fault
@@ -15,16 +16,12 @@ from xenvm.boundary.privileges import Role
 from xenvm.broker import host
 from xenvm.broker.children import Child
 from xenvm.context import suppress
-from xenvm.errors import ExitCode, ProtocolError, WrongStateError
+from xenvm.errors import ExitCode, ProtocolError, TimeoutExpiredError, WrongStateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Final
-
     from xenvm.boundary.checks import Message
     from xenvm.broker.models import Models
-
-ANSWER_WAIT_S: Final = 70.0  # more than the worker waits for the device model
 
 
 def state_file() -> int:
@@ -58,9 +55,13 @@ class Talk:
             host.close_all(passed)
 
     def ask(self, wish: Wished) -> Message | None:
-        """Pass a wish of the builder on, which has one at a time; return the answer if there can be no other."""
+        """Pass a wish of the builder on; return the answer if there can be no other.
+
+        A builder that has given up waiting has a next wish before the worker has answered: then that worker is ended,
+        since its late answer could pass for one to the next wish.
+        """
         if self.asked:
-            raise ProtocolError("one wish at a time")
+            self.child.end()
         self.asked = True
         if self.child.pidfd < 0:
             return self.gone()
@@ -83,18 +84,18 @@ class Talk:
         asked, self.asked = self.asked, False
         return _failed(f"device model: the qmp worker {self.child.how()} without an answer") if asked else None
 
-    def answer(self, wish: Wished) -> Message:
-        """Have a wish granted, and wait for that."""
+    def answer(self, wish: Wished, end_s: float) -> Message:
+        """Have a wish granted, and wait for that until `end_s` (monotonic)."""
         answer = self.ask(wish)
         if answer:
             return answer
         try:
-            while (received := self.child.channel.receive(deadline_s=ANSWER_WAIT_S)) is not None:
+            while (received := self.child.channel.receive(deadline_s=max(0.0, end_s - time.monotonic()))) is not None:
                 host.close_all(received[1])
                 if isinstance(received[0], Granted | Failed):
                     return self.take(received[0]) or received[0]
-        except ProtocolError:
-            pass
+        except (ProtocolError, TimeoutExpiredError):
+            self.child.end()
         return self.gone() or _failed("device model: it was not asked")
 
     def close(self) -> None:

@@ -111,6 +111,7 @@ class Work:
         Raise XenvmError when that cannot be begun; nothing of it is left then.
         """
         wanted = self.change.wanted
+        launching: Launching | None = None
         try:
             if self.change.path:
                 self.place = Target(self.op, self.change.path)
@@ -130,13 +131,15 @@ class Work:
                 self.held[:] = [self.change.image] if self.op is Op.START_RESTORED else []  # else it is the request's
                 state = launching.incoming if launching else -1
                 self.feed = Feed(grants.uuid, log, self.change.image, grants.memory_max_mib << 10, state)
-            if machine and self.op in LEAVES_SUSPENDED:
+            if models.state and self.op in LEAVES_SUSPENDED:
                 self.talk = Talk(grants.uuid, log, models, saves=self.op in SAVING)
             if self.op in SAVING and grants.image_compression != "none":
                 self.feed = Sink(grants.uuid, log, self.change.image, grants.memory_max_mib << 10)
             self.job = self.change.job(self.op, domid, grants, self.plugging)
             self.hand_over()
         except (XenvmError, OSError) as error:
+            if launching and not self.plugging:
+                launching.close(succeeded=False)
             self.stop()
             self.close()
             if isinstance(error, OSError):
@@ -237,7 +240,7 @@ def ask_once(child: Child, message: Message, deadline_s: float, talk: Talk | Non
             if isinstance(received[0], Done | Failed):
                 return received[0]
             if isinstance(received[0], Wished) and talk:
-                child.channel.send(talk.answer(received[0]))
+                child.channel.send(talk.answer(received[0], end))
         child.end(grace_ms=1000)
         raise XenvmError(f"the {child.role} worker {child.how()} without an answer")
     finally:
@@ -262,7 +265,7 @@ def let_run(book: Book, grants: Grants, domid: int, log: int, acts: ActLog, mode
     try:
         with suppress(XenvmError):
             acts.append("job", op=Op.RESUME.value, domid=domid)
-        talk = Talk(grants.uuid, log, models, saves=False) if grants.machine else None
+        talk = Talk(grants.uuid, log, models, saves=False) if models.state else None
         builder = Child(Role.BUILDER, log, {}, grants.uuid)
         answer = ask_once(builder, Job(Op.RESUME, grants.uuid, domid, grants), PERMITS[Op.RESUME].deadline_s, talk)
     except XenvmError as error:

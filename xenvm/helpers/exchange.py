@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 IMAGE_WAIT_S: Final = 86400.0  # the job's own deadline, which the broker keeps, is the one that counts
 MODEL_START_WAIT_S: Final = 90.0  # QEMU's own 60 seconds (what xl gives it), and the way there
 MODEL_END_WAIT_S: Final = 20.0  # longer than the broker waits for QEMU to end
-WISH_WAIT_S: Final = 80.0  # longer than the qmp worker waits for QEMU
+WISH_WAIT_S: Final = 60.0  # longer than the qmp worker waits for QEMU
 
 
 class Devices:
@@ -73,9 +73,7 @@ class Devices:
         raise ProtocolError("the broker did not end the device model")
 
     def model(self, wish: Wish) -> None:
-        """Have the device model of a guest that has one do something; raise XenvmError with the reason."""
-        if not self._job.grants.machine:
-            return
+        """Have the guest's device model do something; raise XenvmError with the reason."""
         self._channel.send(Wished(wish))
         if not isinstance(self._answer(WISH_WAIT_S), Granted):
             raise ProtocolError(f"the broker did not say whether the device model did {wish}")

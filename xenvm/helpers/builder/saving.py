@@ -33,7 +33,7 @@ POLL_S: Final = 0.02
 TELL_PAUSE_S: Final = 0.5  # between two messages about how far it is
 ROUNDS_LIMIT: Final = 5  # over the memory of a guest that still runs, and the pages that are few: as in libxenguest
 FEW_PAGES: Final = 50
-WRITTEN_LIMIT: Final = 1.5  # of the guest's memory, before it is suspended after all: an image has a largest size
+WRITTEN_LIMIT: Final = 1.5  # times the guest's memory, before it is suspended after all: an image has a largest size
 LATE_S: Final = 5.0  # for a guest that has acknowledged, when saving has failed by then, until it is suspended
 
 
@@ -43,9 +43,12 @@ class Saving:
     def __init__(self, xen: Hypervisor, store: Store, job: Job, tell: Tell, broker: Devices) -> None:
         self._xen, self._store, self._job, self._tell, self._broker = xen, store, job, tell, broker
         self._asked = False
+        self._machine = bool(tree.read_model(store, job.uuid)[0])
+        """Whether it has a device model: the config may be a newer one."""
         self._told_s = self._stopped_s = 0.0
         self._memory_kib = 0
         self._round, self._round_s, self._dirty = 0, 0.0, NOT_KNOWN
+        self._first = 0  # what libxenguest counts for the first round: also frames that are not memory
 
     def run(self, descriptors: list[int], domain: Domain, *, go_on: bool) -> str:
         """Write the image; return what there is to say of it: its length, how long the guest stood still.
@@ -56,6 +59,11 @@ class Saving:
         """
         if domain.state is not DomainState.RUNNING:
             raise WrongStateError(f"domain {domain.domid} is {domain.state}: a guest suspends only while it runs")
+        if bool(self._job.grants.machine) is not self._machine:
+            raise WrongStateError(
+                "the config file is of another type of guest than the one that runs: nobody could restore its image",
+                hint="the key hvm must be what it was when the guest was started",
+            )
         compression, descriptor = self._job.grants.image_compression, descriptors[0]
         self._memory_kib = domain.memory_kib
         if compression == "none":
@@ -109,8 +117,7 @@ class Saving:
         self._tell("waiting for the guest to suspend", 0, 0)
         path, domid = self._request_path, self._job.domid
         self._asked, self._stopped_s = True, time.monotonic()
-        machine = bool(self._job.grants.machine)
-        if machine and not (self._xen.has_drivers(domid) and self._xen.sleep_state(domid) == 0):
+        if self._machine and not (self._xen.has_drivers(domid) and self._xen.sleep_state(domid) == 0):
             self._xen.suspend(domid)
         else:
             self._store.write(path, "suspend")
@@ -125,7 +132,7 @@ class Saving:
             time.sleep(POLL_S)
         if domain.reason != SHUTDOWN_SUSPEND:
             raise WrongStateError("the guest ended instead of suspending")
-        self._broker.model(Wish.SAVE)
+        self._wish(Wish.SAVE)
         self._tell("writing the image", 0, 0)
 
     def _why_not(self) -> str:
@@ -147,18 +154,25 @@ class Saving:
                 rate_kib_s = round(kib[0] / max(now_s - self._round_s, POLL_S))
                 self._tell("writing the memory of the running guest", *kib, self._round + 1, self._dirty, rate_kib_s)
 
+    def _wish(self, wish: Wish) -> None:
+        """Have the device model do something, if there is one."""
+        if self._machine:
+            self._broker.model(wish)
+
     def _track(self, enable: bool) -> None:
-        self._broker.model(Wish.TRACK if enable else Wish.UNTRACK)
+        self._wish(Wish.TRACK if enable else Wish.UNTRACK)
 
     def _another(self, rounds: int, written: int, dirty: int) -> bool:
         """Tell whether to go once more over the memory of the running guest, after so many rounds."""
         if rounds != self._round or not self._round_s:
             self._round, self._round_s = rounds, time.monotonic()
-        if dirty == NOT_KNOWN:
-            return True
-        self._dirty = dirty if rounds else NOT_KNOWN
-        most = WRITTEN_LIMIT * self._memory_kib / image.PAGE_KIB
-        return not rounds or (rounds < ROUNDS_LIMIT and dirty >= FEW_PAGES and written < most)
+        self._first = written if rounds == 1 and not self._first else self._first
+        if dirty != NOT_KNOWN:
+            self._dirty = dirty if rounds else NOT_KNOWN
+        pages = self._memory_kib / image.PAGE_KIB
+        beyond = rounds > 0 and pages + written - self._first >= WRITTEN_LIMIT * pages
+        few = rounds > 0 and NOT_KNOWN < dirty < FEW_PAGES
+        return rounds < ROUNDS_LIMIT and not beyond and not few
 
     def _give_up(self) -> None:
         """Let the guest run on; one that has taken the request just now is waited for, for a moment."""
@@ -171,10 +185,11 @@ class Saving:
 
     def settle(self) -> None:
         """End what a builder has left that has died over saving: the tracking of a live guest's memory, and sleep."""
-        if self._job.grants.machine:
+        if self._machine:
             self._xen.stop_tracking(self._job.domid)
-            with suppress(XenvmError):  # a device model that is not there tracks nothing
-                self._broker.model(Wish.UNTRACK)
+            if self._look().state is not DomainState.SHUTDOWN:
+                with suppress(XenvmError):  # a device model that is not there tracks nothing
+                    self._wish(Wish.RUN)
         self.resume()
 
     def resume(self) -> None:
@@ -184,7 +199,7 @@ class Saving:
         """
         domain = self._look()
         if domain.state is DomainState.SHUTDOWN and domain.reason == SHUTDOWN_SUSPEND:
-            self._broker.model(Wish.RUN)
+            self._wish(Wish.RUN)
             self._xen.resume(domain.domid)
         elif domain.state not in (DomainState.RUNNING, DomainState.PAUSED):
             return

@@ -53,7 +53,7 @@ def command(launch: Launch, descriptors: Descriptors, uid: int, major: int) -> l
         *_machine(machine, major),
         *("-m", str(launch.memory_mib - machine.videoram_mib)),
         *_drives(launch, descriptors),
-        *(("-incoming", f"fd:{descriptors.incoming}") if launch.incoming else ()),
+        *(("-incoming", "defer") if launch.incoming else ()),  # it reads the state when it is told to
         *_confinement(uid, major),
         *(word for extra in machine.extra for word in (f"-{extra.key}", extra.value) if word),
     ]

@@ -75,7 +75,9 @@ class Qemu:
         self._launch = launch
         sources = [listener, saving, *rest]
         targets = range(_FIRST_TARGET, _FIRST_TARGET + len(sources))
-        command = argv.command(launch, self._numbers(targets), uid, major)
+        numbers = self._numbers(targets)
+        self._incoming = numbers.incoming
+        command = argv.command(launch, numbers, uid, major)
         self._end = time.monotonic() + START_WAIT_S
         self.pid = os.fork()
         if self.pid == 0:
@@ -104,7 +106,9 @@ class Qemu:
                 conversation.ask("getfd", {"fdname": "vnc"}, (self._vnc,))
                 conversation.ask("display-update", {"type": "vnc", "addresses": [{"type": "fd", "str": "vnc"}]})
             tty = _terminal(conversation.ask("query-chardev")) if self._launch.machine.serial == "pty" else ""
-            while self._launch.incoming and _status(conversation.ask("query-status")) == "inmigrate":
+            if self._incoming >= 0:  # not before: whoever made the image could answer for it from now on
+                conversation.ask("migrate-incoming", {"uri": f"fd:{self._incoming}"})
+            while self._incoming >= 0 and _status(conversation.ask("query-status")) == "inmigrate":
                 time.sleep(POLL_S)  # it reads its state; a state that it cannot read ends it
             conversation.ask("cont")
         except TimeoutError:
@@ -160,7 +164,7 @@ def _status(untrusted: object) -> str:
 
 
 def _terminal(untrusted_devices: object) -> str:
-    """Pick the serial port's terminal out of the answer to query-chardev. No guest has run yet."""
+    """Pick the serial port's terminal out of the answer to query-chardev. No guest has run, no state was read yet."""
     for untrusted in untrusted_devices if isinstance(untrusted_devices, list) else ():
         if isinstance(untrusted, dict) and untrusted.get("label") == "serial0":
             tty = str(untrusted.get("filename")).removeprefix(PTY)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from typing import Final
 
 REQUEST_WAIT_S: Final = 86400.0  # between two wishes a guest's memory is written; it ends with its broker
-ANSWER_WAIT_S: Final = 60.0  # standing still waits for the disks' last requests
+ANSWER_WAIT_S: Final = 40.0  # standing still waits for the disks' last requests
 STATE_SET: Final = 0x7FFF0000  # of descriptors in QEMU, apart from those of drives, which have device numbers
 
 
@@ -71,15 +71,24 @@ class Talk:
             if wish is Wish.SAVE:
                 self._save()
             elif wish is Wish.RUN:
+                self._track(on=False)
                 self._conversation.ask("cont")
             else:
-                self._conversation.ask("xen-set-global-dirty-log", {"enable": wish is Wish.TRACK})
+                self._track(on=wish is Wish.TRACK)
         except TimeoutError:
             raise XenvmError(
                 f"device model: no answer to {wish} within {ANSWER_WAIT_S:g} s", code=ExitCode.TIMED_OUT
             ) from None
         except XenvmError as error:
             raise XenvmError(f"device model: {error.message}") from None
+
+    def _track(self, *, on: bool) -> None:
+        """Have it note what it writes to, or not any more.
+
+        QEMU aborts when it is to end what it has not begun, so it begins first: that it may do twice.
+        """
+        for enable in (True,) if on else (True, False):
+            self._conversation.ask("xen-set-global-dirty-log", {"enable": enable})
 
     def _save(self) -> None:
         """Have it stand still, then write its state; as its disks stay open, it can go on."""

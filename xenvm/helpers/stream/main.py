@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NEEDED_DESCRIPTORS: Final = 2
 REQUEST_WAIT_S: Final = 900.0  # it may be started before it is needed; it ends with its broker
-ROUNDS: Final = 3  # of a guest's memory that a compressed image may unpack to: a live one has pages more than once
+ROUNDS: Final = 4  # of a guest's memory that a compressed image may unpack to: a live one has pages more than once
 SLACK_BYTES: Final = 64 << 20  # and this beside it
 
 
@@ -47,7 +47,7 @@ def main() -> int:
         if isinstance(message, Pack):
             encoder = packing.prepare(image, message.memory_max_kib)
             channel.send(Packing())
-            channel.send(Packed(packing.pack(pipe, image, encoder)))
+            channel.send(Packed(packing.pack(pipe, image, encoder, limit_bytes(message.memory_max_kib))))
             return 0
         told, at = inspect(image, message.memory_max_kib, *state)
         channel.send(told)

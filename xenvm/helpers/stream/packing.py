@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import zlib
 
-from xenvm.errors import ProtocolError
+from xenvm.errors import ProtocolError, XenvmError
 from xenvm.helpers import imagefile, saved
 from xenvm.helpers.stream import zstd
 from xenvm.helpers.stream.records import CONFIG_LIMIT_BYTES
@@ -31,8 +31,11 @@ def prepare(image: int, memory_max_kib: int) -> zstd.Encoder:
     return encoder
 
 
-def pack(pipe: int, image: int, encoder: zstd.Encoder) -> int:
-    """Write all that comes, seal it, have it on the disk; return how long the file is. Raise XenvmError why not."""
+def pack(pipe: int, image: int, encoder: zstd.Encoder, limit_bytes: int) -> int:
+    """Write all that comes, seal it, have it on the disk; return how long the file is. Raise XenvmError why not.
+
+    More than `limit_bytes` nobody would unpack again.
+    """
     head = _read(pipe, len(saved.MAGIC) + saved.HEADER.size)
     *_, length = saved.HEADER.unpack(head[len(saved.MAGIC) :])
     if length > CONFIG_LIMIT_BYTES:
@@ -48,6 +51,8 @@ def pack(pipe: int, image: int, encoder: zstd.Encoder) -> int:
         while count := os.readv(pipe, [view]):
             piece = view[:count]
             checksum, total = zlib.crc32(piece, checksum), total + count
+            if total > limit_bytes:
+                raise XenvmError(f"the image is to have more than {limit_bytes >> 20} MiB: too much for this guest")
             for packed in encoder.pack(piece):
                 imagefile.write(image, packed)
         for packed in encoder.pack(view[:0], end=True):
