@@ -148,6 +148,23 @@ def test_kill_9_over_a_suspend(saved, victim):
 
 
 @pytest.mark.long
+def test_kill_9_of_a_builder_when_the_guest_runs_again(saved):
+    """Nothing is tracked any more, and QEMU is not stopped: whoever resumes it has nothing to do, and does no harm."""
+    guest, serial, file = saved
+    pid = model(guest)
+    saving = guest.begin_cmd("checkpoint", str(file))
+    until(lambda: step(guest) == "finishing the image", "the guest runs again", 60)
+    kill(helper("builder"))
+    assert saving.wait(120) != 0
+    saving.communicate()
+    at = counts(serial)[-1]
+    until(lambda: counts(serial)[-1] > at + 8, "the guest counts on", 60)
+    assert model(guest) == pid
+    guest.cmd("checkpoint", str(file), "live=true")
+    assert model(guest) == pid
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_device_model_that_dies_or_hangs_over_a_save(saved, stopped):
     """Dead it is a crash, for which there is a policy; one that does not answer has the save fail, no more."""
