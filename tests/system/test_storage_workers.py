@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import pwd
-import signal
 import socket
 import struct
 from pathlib import Path
@@ -18,6 +17,7 @@ from xenvm.boundary.privileges import Role
 from xenvm.boundary.workers import Connect, Decrypt, Serve, Served
 from xenvm.broker import strays
 from xenvm.broker.children import Child
+from xenvm.broker.servers import end_server, server_text
 from xenvm.helpers.storage import nbd
 
 pytestmark = pytest.mark.long
@@ -150,7 +150,8 @@ class Bench:
         return descriptor, device
 
     def stop(self, pid):
-        kill(pid, signal.SIGTERM)
+        """End a server as the broker does: it flushes when it is asked to end, and one that does not end is killed."""
+        end_server(server_text(pid))
         until(lambda: not words_of(pid), "the server has ended")
 
 
