@@ -178,7 +178,12 @@ def free(device):
 
 
 def mapped():
-    return sorted(path.read_text().strip() for path in Path("/sys/block").glob("dm-*/dm/name"))
+    """The names of all mappings; one that is just going away has none any more."""
+    found = []
+    for path in Path("/sys/block").glob("dm-*/dm/name"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_text().strip())
+    return sorted(found)
 
 
 def loops_over(path):
