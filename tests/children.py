@@ -11,6 +11,7 @@ class FakeChild:
     """In place of a child process: `there` is its end of the channel; `die` lets it end."""
 
     made: ClassVar[list] = []
+    greeted_s = 1.0
 
     def __init__(self, role, _log, _extra, *_arguments):
         self.role, self.pid, self.status = role, 1000 + len(self.made), None

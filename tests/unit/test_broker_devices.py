@@ -343,7 +343,7 @@ def test_what_a_dead_worker_has_begun_is_taken_back(bench, answer):
 def test_a_card_is_taken_back_too(bench):
     bench.known(RUNNING)
     bench.send(Plug(9, (), (NIC.but(id=4),)))
-    bench.broker._work.end = 0.0
+    bench.broker._work.latest = 0.0
     bench.turn()
     job, _ = bench.job()
     assert (job.op, job.kind, job.device) == (Op.UNPLUG, Kind.VIF, 4)

@@ -114,7 +114,7 @@ def test_a_builder_that_says_why_has_resumed_the_guest_itself(bench, file):
 
 def test_a_save_that_takes_too_long(bench, file, monkeypatch):
     save(bench, file)
-    bench.broker._work.end = 0.0
+    bench.broker._work.latest = 0.0
     bench.turn()
     assert bench.job()[0].op is Op.RESUME
     bench.answer(Done(0, RUNNING, ""))

@@ -4,6 +4,7 @@
 import os
 import signal
 import tempfile
+import time
 
 import broker_bench
 import psutil
@@ -30,7 +31,7 @@ from xenvm.boundary.messages import (
     Unplug,
 )
 from xenvm.boundary.privileges import TABLE, Role
-from xenvm.broker import core, spares
+from xenvm.broker import core, spares, work
 from xenvm.broker.core import RESTARTS_PER_MINUTE
 from xenvm.broker.phases import ON_DEVICES, PERMITS, REBUILDING, RESTORING, SAVING, WITH_ARGUMENTS, VmPhase
 from xenvm.errors import ExitCode, XenvmError
@@ -251,7 +252,7 @@ def test_a_builder_that_says_nothing_is_ended_at_its_deadline(bench, monkeypatch
     bench.known(RUNNING)
     bench.ask(Op.QUERY, 6)
     silent = bench.builder
-    bench.broker._work.end = 0.0
+    bench.broker._work.latest = 0.0
     bench.turn()
     assert "no answer within 60 s" in bench.refused(ExitCode.TIMED_OUT)
     assert silent.killed
@@ -419,3 +420,19 @@ def test_a_failed_start_is_the_exit_status(bench):
     for code in (0, 7):
         bench.ask(Op.STARTED, code=code)
         assert (bench.broker._quitting, bench.broker._code) == (code != 0, code)
+
+
+def test_the_time_of_a_job_runs_from_when_its_helper_can_begin(bench):
+    """On a host full of booting guests it may take long to come up; one that was ready before has no more for that."""
+    bench.known(RUNNING)
+    bench.ask(Op.PAUSE)
+    working, now_s = bench.broker._work, time.monotonic()
+    assert working.end == pytest.approx(now_s + 60, abs=5)  # it had greeted before
+    working.builder.greeted_s = 0.0
+    slow = work.Work(1, Op.PAUSE, working.builder, 60.0, work.Change())
+    assert slow.end == pytest.approx(now_s + 60 + work.HELPER_START_S, abs=5)
+    slow.latest = 0.0
+    assert "its builder did not come up within 180 s" in work.how_it_failed(slow).message
+    slow.latest = now_s + 180
+    working.builder.greeted_s = time.monotonic() + 30
+    assert slow.end == pytest.approx(now_s + 90, abs=5)

@@ -7,6 +7,7 @@ import _signal as signal  # `signal` itself builds enumerations at each start
 import _socket as socket  # `socket` itself builds enumerations at each start
 import os
 import select
+import time
 
 from xenvm.boundary.place import HERE
 from xenvm.boundary.spawn import signal_name, spawn
@@ -59,7 +60,8 @@ class Child:
                 os.close(null)
         self._socket = ends[0]
         self.status: int | None = None
-        self._greeted = False
+        self.greeted_s = 0.0
+        """When it has said that it is confined, and can begin (monotonic); 0: not yet."""
 
     @property
     def channel(self) -> Channel:
@@ -72,8 +74,8 @@ class Child:
 
     def greets(self, hello: Hello) -> bool:
         """Tell whether this is the one greeting of this very child."""
-        honest = hello.pid == self.pid and hello.role == self.role.value and not self._greeted
-        self._greeted = True
+        honest = hello.pid == self.pid and hello.role == self.role.value and not self.greeted_s
+        self.greeted_s = time.monotonic()
         return honest
 
     def ended(self) -> bool:

@@ -146,8 +146,7 @@ class Broker:
         for descriptor in {wakeup, self._uevents.fileno(), self._models.pidfd} - {-1}:
             poll.register(descriptor, select.POLLIN)
         children = [child for child in (self._supervisor, self._watcher) if child is not None]
-        children += self._work.children if self._work else []
-        children += self._keeping.children if self._keeping else []
+        children += [child for part in (self._work, self._keeping) if part for child in part.children]
         children += self._spares.greeting
         for child in children:
             poll.register(child.channel.fileno(), select.POLLIN)

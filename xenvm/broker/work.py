@@ -69,10 +69,17 @@ class Change(Record):
         )
 
 
+HELPER_START_S: Final = 120.0
+"""What a helper may take to come up, on a host full of booting guests; what it does then has its own time."""
+
+
 def how_it_failed(work: Work) -> XenvmError:
     """Say why a job has ended without a result."""
     if work.cancelled:
         return XenvmError(f"{work.op}: cancelled")
+    if time.monotonic() >= work.end and not work.builder.greeted_s:
+        why = f"{work.op}: its {work.builder.role} did not come up within {HELPER_START_S + work.deadline_s:g} s"
+        return XenvmError(why, hint="is this host very busy?", code=ExitCode.TIMED_OUT)
     if time.monotonic() >= work.end:
         return XenvmError(f"{work.op}: no answer within {work.deadline_s:g} s", code=ExitCode.TIMED_OUT)
     return XenvmError(f"{work.op}: its {work.builder.role} {work.builder.how()}")
@@ -86,7 +93,8 @@ class Work:
         self.op = op
         self.builder = builder
         self.deadline_s = deadline_s
-        self.end = time.monotonic() + deadline_s
+        self._begun_s = time.monotonic()
+        self.latest = self._begun_s + deadline_s + (0.0 if builder.greeted_s else HELPER_START_S)
         self.result: Message | None = None
         self.change = change
         self.plugging: Plugging | None = None
@@ -153,6 +161,12 @@ class Work:
         more += self.kernel.children if self.kernel else []
         more += [partner.child for partner in (self.feed, self.talk) if partner]
         return [child for child in (self.builder, *more) if child.pidfd >= 0]
+
+    @property
+    def end(self) -> float:
+        """When it has taken too long (monotonic): the helper's time for the job runs from when it can begin."""
+        greeted_s = self.builder.greeted_s
+        return min(self.latest, greeted_s + self.deadline_s) if greeted_s > self._begun_s else self.latest
 
     def partner(self, child: Child) -> Feed | Sink | Talk | None:
         """Return what the builder hears the answers of, if this child is one of those."""
