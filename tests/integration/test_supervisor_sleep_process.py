@@ -180,7 +180,9 @@ def test_a_guest_that_reboots_instead_does_not_sleep_later(monitor, emulator):
     monitor.done(monitor.asked(Op.ASK_SLEEP), ended(1))
     monitor.done(monitor.asked(Op.REBUILD), RUNNING.but(domid=8))
     assert client.refusal()[:2] == (ExitCode.FAILED, "s3suspend: the guest went another way; the VM is running")
-    monitor.done(monitor.asked(Op.WITHDRAW), RUNNING.but(domid=8))
+    for op in (Op.WITHDRAW, Op.QUERY):
+        monitor.done(monitor.asked(op), RUNNING.but(domid=8))
+    assert monitor.state()["busy"] is None
 
 
 def test_destroy_overtakes_it(monitor, emulator):
@@ -224,11 +226,28 @@ def test_one_whose_device_model_tells_first_is_woken_once(monitor, emulator):
     client = monitor.client()
     client.send("s3resume")
     monitor.done(monitor.asked(Op.S_STATE), RUNNING, "3")
+    emulator.tell("WAKEUP")  # so QEMU 7.2 does
     emulator.agree("system_wakeup")
+    asked = monitor.asked(Op.WAKE)
+    emulator.agree("query-status")
+    assert monitor.state()["busy"]["command"] == "s3resume"
+    monitor.done(asked, RUNNING)
+    assert client.reply()["result"]["data"]["state"] == "running"
+    assert monitor.nothing_asked()
+    time.sleep(1.1)  # nor later
+    assert monitor.nothing_asked()
+
+
+def test_one_that_is_awake_before_its_device_model_has_answered_all(monitor, emulator):
+    client = monitor.client()
+    client.send("s3resume")
+    monitor.done(monitor.asked(Op.S_STATE), RUNNING, "3")
     emulator.tell("WAKEUP")
+    emulator.agree("system_wakeup")
     monitor.done(monitor.asked(Op.WAKE), RUNNING)
     assert client.reply()["result"]["data"]["state"] == "running"
     emulator.agree("query-status")
+    assert monitor.state()["busy"] is None
     assert monitor.nothing_asked()
 
 

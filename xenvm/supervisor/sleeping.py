@@ -116,13 +116,14 @@ class Sleeping(Desk):
         """Have the device model wake the guest: it resets its devices, and only then the guest may run."""
 
         def finish(error: XenvmError | None) -> None:
-            if self._operation is not operation:  # it has told of the waking, and all is done; or the domain is gone
+            if self._operation is not operation:  # the guest is awake already, or its domain gone
                 return
             if error:
                 self._fail(operation, error)
                 return
             self._model.sleeps = None
-            self._ask(Op.WAKE)
+            if self._asked is None or self._asked[1] is not Op.WAKE:  # for what it has told before it answered
+                self._ask(Op.WAKE)
 
         try:
             self._model.begin(RESUME, [*WAKING], finish)
