@@ -119,6 +119,19 @@ def test_a_good_file_is_fine(host, uid):
     assert host.start("--check", user=uid, group=uid, extra_groups=[]) == (0, f"{host.config}: fine\n", "")
 
 
+def test_what_has_no_effect_here_is_warned_of_and_no_error(host):
+    host.write("hvm = true", "oem-features = 1", "inject-sci = 1")
+    status, out, err = host.start("--check")
+    assert (status, out) == (0, f"{host.config}: fine\n")
+    first, second, hint = err.splitlines()
+    assert first.startswith(f"{host.config}:6: warning: `oem-features`: ")
+    assert second.startswith(f"{host.config}:7: warning: `inject-sci`: ")
+    assert hint.startswith("    hint: the command trigger")
+    assert host.start()[0] == 1  # there is no Xen; the log has them for whoever reads it later
+    log = Path(f"{host.log_directory}/{host.uuid}.log").read_text()
+    assert log.startswith(err)
+
+
 @pytest.mark.parametrize("uid", [0, NOBODY])
 @pytest.mark.parametrize("option", ["--check", "--foreground", "start"])
 def test_all_errors_come_at_once_with_file_and_line(host, uid, option):

@@ -155,6 +155,7 @@ def agree(peer, command):
 def greet(peer):
     peer.sendall(GREETING)
     agree(peer, "qmp_capabilities")
+    agree(peer, "query-status")
 
 
 ATTACKS = {

@@ -324,6 +324,37 @@ def test_the_ways_a_guest_ends(hvm, disk):
     assert guest.state == "shutdown"
 
 
+def test_a_guest_sleeps_and_wakes_and_what_a_patched_device_model_would_read(hvm, disk):
+    """Its device model may not tell Xen that it sleeps; it goes on where the firmware sends it, in the same domain."""
+    keys = {"power-management": 1, "oem-features": 5, "inject-sci": 1}
+    guest = hvm(disk=f"{disk()}:file:hda:w:disk", boot="c", **keys)
+    lines = guest.file.read_text().splitlines()
+    done = guest.start()
+    assert done.stdout == f"{guest.uuid}\n"
+    for key, value in keys.items():
+        assert f"{guest.file}:{lines.index(f'{key} = {value}') + 1}: warning: `{key}`: " in done.stderr
+    first = guest.domid
+    node = f"/local/domain/0/device-model/{first}"
+    for name, value in (("xen_extended_power_mgmt", "1"), ("oem_features", "5"), ("inject-sci", "1")):
+        assert run("xenstore-read", f"{node}/{name}").stdout == f"{value}\n"
+    assert run("xenstore-ls", "-p", f"{node}").stdout.count("(n0)") == 3
+    serial = Serial(guest)
+    serial.up()
+    assert "no PV drivers" in guest.cmd("s3suspend", code=5).stderr
+    assert "does not sleep" in guest.cmd("s3resume", code=5).stderr
+    assert guest.cmd("get-acpi-state").stdout == "0\n"
+    guest.cmd("trigger", "sleep")
+    until(lambda: guest.cmd("get-acpi-state").stdout == "3\n", "the guest sleeps", 60)
+    assert guest.state == "running"
+    assert "GUEST-WOKE" not in serial.text
+    guest.cmd("s3resume")
+    assert guest.cmd("get-acpi-state").stdout == "0\n"
+    serial.until("GUEST-WOKE")
+    assert (guest.state, guest.domid) == ("running", first)
+    guest.cmd("shutdown", "timeout=60")
+    assert guest.state == "shutdown"
+
+
 @pytest.mark.long
 def test_a_device_model_that_does_not_start_leaves_nothing(hvm, disk):
     image = disk()

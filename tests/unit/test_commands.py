@@ -65,7 +65,7 @@ def test_only_commands_that_change_nothing_are_open_to_readers():
 
 def test_every_command_is_carried_out_somewhere():
     changing = {name for name, command in COMMANDS.items() if command.event is not None}
-    assert changing | {"suspend", "checkpoint", "restore"} == set(GOALS)
+    assert changing | {"suspend", "checkpoint", "restore", "s3suspend", "s3resume"} == set(GOALS)
     assert set(COMMANDS) - changing == set(Supervisor._HANDLERS)
     assert [COMMANDS[name].event for name in ("start", "destroy")] == [Event.START, Event.DESTROY]
 

@@ -6,7 +6,7 @@ import pytest
 from xenvm.boundary.machine import Drive, Launch, Machine, NicModel, Setting, Tap
 from xenvm.config.parse import parse_bytes
 from xenvm.helpers.devicemodel.argv import Descriptors, command
-from xenvm.parser.machine import UNABLE, machine
+from xenvm.parser.machine import UNABLE
 from xenvm.parser.main import answer
 
 PLAIN = Machine(
@@ -172,9 +172,6 @@ def test_a_pv_guest_has_no_machine():
     ("line", "field"),
     [
         (b"diskinfo-pt = true", "diskinfo_pt"),
-        (b"power-management = 1", "power_management"),
-        (b"oem-features = 1", "oem_features"),
-        (b"inject-sci = 1", "inject_sci"),
         (b"hap = false", "hap"),
         (b"memory-max = 512", "memory_max_mib"),
         (b"serial = /dev/ttyS0", "serial"),
@@ -203,6 +200,36 @@ def test_a_disk_that_cannot_be_emulated_is_refused(line, why):
     assert any(why in issue.message for issue in parsed(line + b"\n").issues)
 
 
-def test_power_management_that_passes_nothing_through_is_fine():
-    assert machine(parse_bytes(GOOD + b"power-management = 2\n", "x.cfg").config)
-    assert parsed(b"power-management = 2\n").grants
+@pytest.mark.parametrize(
+    ("line", "field", "value", "why"),
+    [
+        (b"power-management = 1", "power_management", 1, "`power-management`: published as `xen_extended_power_mgmt`"),
+        (b"oem-features = 7", "oem_features", 7, "`oem-features`: published as `oem_features`"),
+        (b"inject-sci = 1", "inject_sci", 1, "`inject-sci`: published as `inject-sci`"),
+        (b"pci-msitranslate = 0", "", 0, "`pci-msitranslate`: no effect"),
+        (b"pci-power-management = 0", "", 0, "`pci-power-management`: no effect"),
+    ],
+)
+def test_what_a_stock_device_model_does_not_do_is_warned_of_with_its_line(line, field, value, why):
+    result = parsed(line + b"\n")
+    (made,), (warning,) = result.grants[0].machine, result.warnings
+    assert warning.line == 4
+    assert warning.message.startswith(f"warning: {why}")
+    settings = {name: getattr(made, name) for name in ("power_management", "oem_features", "inject_sci")}
+    assert settings == dict.fromkeys(settings, 0) | ({field: value} if field else {})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"power-management = 2", b"power-management = 0", b"oem-features = 0", b"inject-sci = 0", b"pci-msitranslate = 1"],
+)
+def test_what_asks_for_nothing_special_is_not_warned_of(line):
+    result = parsed(line + b"\n")
+    assert (len(result.grants), result.warnings) == (1, ())
+
+
+def test_all_warnings_come_at_once_and_none_beside_errors():
+    lines = b"power-management = 1\noem-features = 1\ninject-sci = 1\npci-msitranslate = 0\npci-power-management = 0\n"
+    assert sorted(warning.line for warning in parsed(lines).warnings) == [4, 5, 6, 7, 8]
+    refused = parsed(lines + b"hap = false\n")
+    assert (len(refused.issues), refused.warnings) == (1, ())

@@ -69,7 +69,7 @@ def test_a_disk_without_descriptor_is_a_file_of_a_directory_that_is_open_to_all(
 
 
 def test_each_command_has_its_request():
-    assert set(GOOD) == set(COMMANDS) - {"s3suspend", "s3resume"}
+    assert set(GOOD) == set(COMMANDS)
     assert {name: asked(name, **params)[0] for name, params in GOOD.items()} == {
         "disk-list": Op.DEVICES,
         "disk-add": Op.PLUG,
@@ -88,10 +88,12 @@ def test_each_command_has_its_request():
     assert asked("doctor", clean="true") == (Op.SETTLE, Ask(5, Op.SETTLE, "", 0))
 
 
-@pytest.mark.parametrize(("name", "word"), [("s3suspend", ""), ("s3resume", ""), ("trigger", "sleep")])
-def test_no_guest_is_put_to_sleep(name, word):
-    with pytest.raises(WrongStateError, match="does not put guests to sleep"):
-        asked(name, **({"params": word} if word else {}))
+def test_each_trigger_has_its_request():
+    triggers = {"power": Op.PRESS_POWER, "sleep": Op.PRESS_SLEEP, "nmi": Op.NMI}
+    assert {word: asked("trigger", params=word)[0] for word in triggers} == triggers
+    for word in ("", "init", "x" * 1000):
+        with pytest.raises(UsageError, match="is none of power, sleep, nmi, reset, s3resume$"):
+            asked("trigger", params=word)
 
 
 @pytest.mark.parametrize(

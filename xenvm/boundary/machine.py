@@ -53,7 +53,8 @@ class Machine(Checked):
 
     `vnc_port` is a TCP port at `vnc_host`, 0 the first unused one, -1 no display. `serial` is pty, none or tcp. With
     `smbios` it sees tables of the host's SMBIOS, of the vendor's own types those in `oem_types` or all; with `slic` the
-    licence tables of its ACPI.
+    licence tables of its ACPI. The last three, when not 0, are for a device
+    model that knows them, which stock QEMU does not.
     """
 
     pae: bool
@@ -80,6 +81,9 @@ class Machine(Checked):
     smbios: bool
     oem_types: tuple[int, ...]
     slic: bool
+    power_management: int = 0
+    oem_features: int = 0
+    inject_sci: int = 0
     CHECKS: ClassVar = {
         **dict.fromkeys(("pae", "acpi", "apic", "nx", "viridian"), flag),
         "hpet": number(-1, 1),
@@ -101,6 +105,8 @@ class Machine(Checked):
         "smbios": flag,
         "oem_types": OEM_TYPES,
         "slic": flag,
+        "power_management": number(0, 2),
+        **dict.fromkeys(("oem_features", "inject_sci"), number(0, INT32_MAX)),
     }
 
 

@@ -86,8 +86,12 @@ class Op(StrChoice):
     RESUME = "resume"
     CRASH = "crash"
     PRESS_POWER = "press-power"
+    PRESS_SLEEP = "press-sleep"
     NMI = "nmi"
     S_STATE = "s-state"
+    FALL_ASLEEP = "fall-asleep"
+    WAKE = "wake"
+    ASK_SLEEP = "ask-sleep"
     ASK_POWEROFF = "ask-poweroff"
     ASK_REBOOT = "ask-reboot"
     WITHDRAW = "withdraw"
@@ -445,7 +449,7 @@ class Watch(Message):
 
 
 class Parsed(Message):
-    """Parser to whoever gave it the file: issues, or the grants and the policies (then `issues` is empty).
+    """Parser to whoever gave it the file: issues, or grants, policies and `warnings` (then `issues` is empty).
 
     `files` are those that must be there, so that a missing one is reported like any other error.
     """
@@ -457,6 +461,7 @@ class Parsed(Message):
     fields: dict[str, str]
     files: tuple[FileNeed, ...]
     uuid_given: bool
+    warnings: tuple[ConfigIssue, ...] = ()
     KIND: ClassVar = 9
     CHECKS: ClassVar = {
         "issues": array(ConfigIssue.from_body, 256),
@@ -466,17 +471,27 @@ class Parsed(Message):
         "fields": table(string(64), string(32768), 256),
         "files": array(FileNeed.from_body, 256),
         "uuid_given": flag,
+        "warnings": array(ConfigIssue.from_body, 16),
     }
 
 
 class Outcome(Message):
-    """Broker to whoever started the monitor: it has reached its startup state (code 0), or why not."""
+    """Broker to whoever started the monitor: it has reached its startup state (code 0), or why not.
+
+    `warnings` are those of the config file, when it has.
+    """
 
     code: int
     uuid: str
     text: str
+    warnings: str = ""
     KIND: ClassVar = 10
-    CHECKS: ClassVar = {"code": number(0, max(ExitCode)), "uuid": string(36), "text": string(60000)}
+    CHECKS: ClassVar = {
+        "code": number(0, max(ExitCode)),
+        "uuid": string(36),
+        "text": string(60000),
+        "warnings": string(60000),
+    }
 
 
 class Plug(Message):

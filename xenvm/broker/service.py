@@ -36,7 +36,7 @@ class Launcher:
         self._notify = notify
         self._told = False
         self._log = -1
-        self.uuid = ""
+        self.uuid = self.warnings = ""
 
     def to_log(self, log: int = -1) -> None:
         """Give the terminal or journal of whoever started the monitor back: from now on output goes to the log.
@@ -53,7 +53,9 @@ class Launcher:
         if self._told:
             return
         self._told = True
+        warnings = _cut(self.warnings) if code == 0 else ""
         if self._channel is None:
+            os.write(2, warnings.encode())
             if text:
                 os.write(2, text.encode() + b"\n")
             if self._notify and code == 0:
@@ -61,7 +63,7 @@ class Launcher:
             self.to_log()
             return
         with suppress(XenvmError):  # nobody may wait any more; the log has it
-            self._channel.send(Outcome(code, self.uuid, _cut(text)))
+            self._channel.send(Outcome(code, self.uuid, _cut(text), warnings))
         if code == 0:  # else it shows, by closing with this process, when nothing of the monitor is left
             self._channel.close()
 
@@ -76,7 +78,7 @@ def serve(
     host.check_directory(directory)
     parsed = _parsed(parser, config_file)
     grants = parsed.grants[0]
-    launcher.uuid = grants.uuid
+    launcher.uuid, launcher.warnings = grants.uuid, _warned(parsed, config_file)
     with ExitStack() as undo:
         lock = host.take_lock(directory, grants.uuid)
         undo.callback(host.release_lock, directory, grants.uuid, lock)
@@ -84,6 +86,7 @@ def serve(
         undo.callback(host.remove, host.socket_path(directory, grants.uuid))
         undo.callback(listener.close)
         log = host.open_log(grants.uuid, grants.output)
+        os.write(log, launcher.warnings.encode())
         launcher.to_log(log)
         acts = ActLog(f"{host.LOG_DIRECTORY}/{grants.uuid}.acts")
         acts.append("confined", role="broker", pid=os.getpid(), proof=proof)
@@ -97,6 +100,7 @@ def serve(
                 for descriptor in descriptors.values():
                     os.close(descriptor)
             again = _parsed(parser, config_file)
+            os.write(log, _warned(again, config_file).encode())
             new = again.grants[0]
             if again.uuid_given and new.uuid != grants.uuid:
                 raise ConfigError(f"{config_file}: the uuid is now {new.uuid}; this monitor serves {grants.uuid}")
@@ -161,6 +165,11 @@ def _parsed(parser: Child, config_file: str) -> Parsed:
         text = "\n".join(issue.show(config_file) for issue in issues)
         raise ConfigError(text or f"{config_file}: refused")
     return parsed
+
+
+def _warned(parsed: Parsed, config_file: str) -> str:
+    """Return the warnings of a file as the user sees them, "" for none."""
+    return "".join(f"{warning.show(config_file)}\n" for warning in parsed.warnings)
 
 
 def _cut(text: str) -> str:

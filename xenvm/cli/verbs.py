@@ -70,9 +70,16 @@ VERBS = (
     ),
     Verb("cd-eject", "DEVICE [force=true] [timeout=S]", "take the disc out of a drive", bare="device"),
     Verb("get-vnc", "", "print the TCP port of an HVM guest's screen"),
-    Verb("trigger", "WORD", "press the power button of an HVM guest, reset it, or send an nmi", bare="params"),
-    Verb("s3suspend", "", "refused: this version does not put guests to sleep"),
-    Verb("s3resume", "", "refused, as s3suspend is"),
+    Verb(
+        "trigger",
+        "WORD",
+        "press the power or the sleep button of an HVM guest, reset it, or send an nmi; s3resume wakes it",
+        bare="params",
+    ),
+    Verb(
+        "s3suspend", "[timeout=S]", "ask an HVM guest with PV drivers to fall asleep (ACPI S3), and wait until it has"
+    ),
+    Verb("s3resume", "", "wake an HVM guest that sleeps"),
     Verb("get-acpi-state", "", "print the ACPI sleep state of an HVM guest: 0 awake, 3 asleep in memory"),
     Verb("get-stubdomid", "", "print the domain of the device model: there is none, it runs in dom0"),
     Verb("nic-list", "", "print the guest's network cards: id, state, address, bridge"),

@@ -117,6 +117,7 @@ def _start(path: str, config: int, place: Place, *, foreground: bool) -> int:
             channel.receive(deadline_s=END_WAIT_S)
         sys.stderr.write(plain(outcome.text) + "\n")
     else:
+        sys.stderr.write(plain(outcome.warnings))
         sys.stdout.write(f"{outcome.uuid}\n" + (f"{plain(outcome.text)}\n" if outcome.text else ""))
     return outcome.code
 
@@ -156,6 +157,8 @@ def _report(path: str, parsed: Parsed) -> int:
         for need in parsed.files
         if not os.access(need.path, os.R_OK) or os.path.isdir(need.path)  # noqa: PTH112 - pathlib costs 5 ms
     ]
+    for warning in parsed.warnings:
+        sys.stderr.write(plain(warning.show(path)) + "\n")
     issues = [*parsed.issues, *missing]
     for issue in sorted(issues, key=lambda issue: issue.line):
         sys.stderr.write(plain(issue.show(path)) + "\n")

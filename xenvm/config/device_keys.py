@@ -81,7 +81,8 @@ DEVICE_KEYS: Final = (
         default=True,
         guests=Guests.HVM,
         published=True,
-        help="Default of the option `msitranslate` of every `pci` line.",
+        help="Default of the option `msitranslate` of every `pci` line. QEMU as Xen and Debian ship it knows no "
+        "such option, and `xenvm` warns of 0.",
         applied="`opts-N` of the pci backend in xenstore",
     ),
     Key(
@@ -93,7 +94,8 @@ DEVICE_KEYS: Final = (
         default=True,
         guests=Guests.HVM,
         published=True,
-        help="Default of the option `power_mgmt` of every `pci` line.",
+        help="Default of the option `power_mgmt` of every `pci` line. QEMU as Xen and Debian ship it knows no "
+        "such option, and `xenvm` warns of 0.",
         applied="`opts-N` of the pci backend in xenstore",
     ),
     Key(

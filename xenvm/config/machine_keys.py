@@ -199,8 +199,9 @@ MACHINE_KEYS: Final = (
         default=0,
         guests=Guests.HVM,
         published=True,
-        help="0 none, 1 pass-through of limited scope, 2 not passed through. This version refuses 1.",
-        applied="the ACPI of the guest",
+        help="0 none, 1 pass-through of limited scope (the battery of the host), 2 not passed through. It is up to the "
+        "device model; QEMU as Xen and Debian ship it does nothing of it, and `xenvm` warns of 1.",
+        applied="`xen_extended_power_mgmt` in the device model's xenstore directory",
     ),
     Key(
         name="oem-features",
@@ -211,8 +212,9 @@ MACHINE_KEYS: Final = (
         default=0,
         guests=Guests.HVM,
         published=True,
-        help="Pass the vendor's features through; anything but 0 switches it on. This version refuses it.",
-        applied="the device model",
+        help="Pass the vendor's features through; anything but 0 switches it on. It is up to the device model; QEMU as "
+        "Xen and Debian ship it does nothing of it, and `xenvm` warns.",
+        applied="`oem_features` in the device model's xenstore directory",
     ),
     Key(
         name="inject-sci",
@@ -223,9 +225,10 @@ MACHINE_KEYS: Final = (
         default=0,
         guests=Guests.HVM,
         published=True,
-        help="Pass events of the lid and the power button on to the guest; anything but 0 switches it on. This version "
-        "refuses that.",
-        applied="the device model",
+        help="Pass events of the host's lid and buttons on to the guest; anything but 0 switches it on. It is up to "
+        "the device model; QEMU as Xen and Debian ship it does nothing of it, and `xenvm` warns. The command `trigger` "
+        "presses the buttons.",
+        applied="`inject-sci` in the device model's xenstore directory",
     ),
     Key(
         name="platform",

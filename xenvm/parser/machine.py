@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""From the config of an HVM guest to its machine, and what of it this version cannot give. No I/O."""
+"""From the config of an HVM guest to its machine, what of it is refused, and of what to warn. No I/O."""
 
 from __future__ import annotations
 
@@ -52,6 +52,9 @@ def machine(config: Config) -> Machine:
         smbios=config.smbios_pt,
         oem_types=config.smbios_oem_types,
         slic=config.acpi_pt,
+        power_management=config.power_management,
+        oem_features=config.oem_features,
+        inject_sci=config.inject_sci,
     )
 
 
@@ -63,9 +66,6 @@ def refused(config: Config, lines: Mapping[str, int]) -> Iterator[ConfigIssue]:
     """Name every key of an HVM guest that this version cannot act on."""
     given = {
         "diskinfo_pt": config.diskinfo_pt,
-        "power_management": config.power_management == 1,
-        "oem_features": bool(config.oem_features),
-        "inject_sci": bool(config.inject_sci),
         "hap": not config.hap,
         "memory_max_mib": config.memory_max_mib not in (None, config.memory_mib),
         "serial": config.serial.kind is SerialKind.DEVICE,
@@ -88,6 +88,21 @@ def refused(config: Config, lines: Mapping[str, int]) -> Iterator[ConfigIssue]:
         )
 
 
+def warned(config: Config, lines: Mapping[str, int]) -> Iterator[ConfigIssue]:
+    """Name every key of an HVM guest that is obeyed as far as this goes on a stock host, where nothing acts on it."""
+    given = {
+        "power_management": config.power_management == 1,
+        "oem_features": config.oem_features != 0,
+        "inject_sci": config.inject_sci != 0,
+        "pci_msitranslate": not config.pci_msitranslate,
+        "pci_power_management": not config.pci_power_management,
+    }
+    for field, odd in given.items():
+        if odd:
+            message = f"warning: `{field.replace('_', '-')}`: {IDLE[field]}"
+            yield ConfigIssue(lines.get(field, 0), "", message, ADVICE.get(field, ""))
+
+
 def _disk(disk: DiskSpec) -> str:
     slot = disk_slot(disk.device_number)
     if disk.cdrom and not disk.virtpath.startswith("hd"):
@@ -105,9 +120,6 @@ def _disk(disk: DiskSpec) -> str:
 
 UNABLE: Final = {
     "diskinfo_pt": "does not pass the identity of the host's disks through",
-    "power_management": "does not pass power management through: that needed a patched device model",
-    "oem_features": "does not pass the vendor's features through: that needed a patched device model",
-    "inject_sci": "does not inject lid and button events: that needed a patched device model",
     "hap": "starts HVM guests with hardware assisted paging only",
     "memory_max_mib": "gives an HVM guest all of its memory at once",
     "serial": "leads the serial port of an HVM guest to pty, none or tcp:IP:PORT",
@@ -116,8 +128,17 @@ UNABLE: Final = {
     "videoram_mib": f"has graphics cards with {', '.join(map(str, VIDEO_MIB))} MiB",
     "extra_hvm": f"passes at most {EXTRA_LIMIT} extra arguments on",
 }
+_PATCHED: Final = "QEMU, as Xen and Debian ship it, does not read that; a patched one may"
+_NO_OPTION: Final = "no effect: QEMU, as Xen and Debian ship it, has no such option"
+IDLE: Final = {
+    "power_management": f"published as `xen_extended_power_mgmt`; {_PATCHED}",
+    "oem_features": f"published as `oem_features`; {_PATCHED}",
+    "inject_sci": f"published as `inject-sci`; {_PATCHED}",
+    "pci_msitranslate": _NO_OPTION,
+    "pci_power_management": _NO_OPTION,
+}
+ADVICE: Final = {"inject_sci": "the command trigger presses the power and the sleep button"}
 HINTS: Final = {
-    "inject_sci": "the command trigger presses the buttons",
     "memory_max_mib": "leave memory-max out, or give it the value of memory",
     "display": "write `display = vnc` or `display = none`",
     "password_file": "leave it out; on 127.0.0.1, a tunnel (`ssh -L`) shows the screen to those who may log in",

@@ -26,7 +26,7 @@ from xenvm.errors import ConfigError, ProtocolError
 from xenvm.helpers import serve
 from xenvm.model import DiskSpec, DisplayKind, Uuid
 from xenvm.parser.hostpolicy import NO_POLICY, host_policy, prepare
-from xenvm.parser.machine import machine, refused
+from xenvm.parser.machine import machine, refused, warned
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ def _message(result: ParseResult, issues: list[ConfigIssue], fresh_uuid: str, ho
         fields=fields(good) if good else {},
         files=tuple(_files(result) if good else _some(_files(result))),
         uuid_given=good is not None and good.uuid is not None,
+        warnings=tuple(warned(good, result.lines)) if good and good.hvm else (),
     )
 
 

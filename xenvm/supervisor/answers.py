@@ -45,12 +45,25 @@ def field(init: Init, name: str) -> str:
 
 def ignored(operation: Operation, now_s: float) -> Fault:
     """Return the fault of a command that the guest has ignored."""
-    verb = "shut down" if operation.name == "shutdown" else "restart"
+    hint = f"a guest without a shutdown daemon ignores the request; {operation.name} force=true does not ask"
+    if operation.name == "s3suspend":
+        hint = (
+            "Windows with Xen's PV drivers knows the request (`s3` in control/shutdown), Linux does not; "
+            "`trigger sleep` presses the sleep button"
+        )
+    verb = {"shutdown": "shut down", "s3suspend": "fall asleep"}.get(operation.name, "restart")
     return Fault(
         int(ExitCode.TIMED_OUT),
         f"{operation.name}: the guest did not {verb} within {now_s - operation.since_s:.0f} s and runs on",
-        f"a guest without a shutdown daemon ignores the request; {operation.name} force=true does not ask",
+        hint,
     )
+
+
+def missed(operation: Operation, vm: Vm) -> str:
+    """Return why a command has failed that left the VM in another state than it was given for."""
+    why = f": {vm.reason}" if vm.reason else ""
+    ended = "the guest went another way; " if operation.name in ("s3suspend", "s3resume") else ""
+    return f"{operation.name}: {ended}the VM is {vm.state}{why}"
 
 
 def outcome(init: Init, vm: Vm, fault: Fault | None) -> tuple[str, int]:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The commands for the buttons and the sleep of an HVM guest: from their parameters to requests, and to words. Pure."""
+"""The commands for buttons and sleep state of an HVM guest: from their parameters to requests, and to words. Pure."""
 
 from __future__ import annotations
 
 from xenvm.boundary.messages import Op
-from xenvm.errors import UsageError, WrongStateError
+from xenvm.errors import UsageError
 from xenvm.record import MappingProxyType
 
 TYPE_CHECKING = False
@@ -14,29 +14,22 @@ if TYPE_CHECKING:
 
     from xenvm.boundary.messages import Done
 
-TRIGGERS: Final[Mapping[str, Op]] = MappingProxyType({"power": Op.PRESS_POWER, "nmi": Op.NMI})
-ASLEEP: Final = frozenset({"sleep", "s3resume", "s3suspend"})
+TRIGGERS: Final[Mapping[str, Op]] = MappingProxyType({"power": Op.PRESS_POWER, "sleep": Op.PRESS_SLEEP, "nmi": Op.NMI})
 RESET: Final = "reset"
 """Xen has no such trigger on x86: it is a restart that does not ask."""
-COMMANDS: Final = ("trigger", "s3suspend", "s3resume", "get-acpi-state")
+RESUME: Final = "s3resume"
+"""Nor is this one of Xen's: it is the command of that name."""
+COMMANDS: Final = ("trigger", "get-acpi-state")
 
 
 def request(name: str, params: Mapping[str, str]) -> Op:
-    """Return what to ask of the broker; raise UsageError for an unknown trigger, WrongStateError for sleep."""
+    """Return what to ask of the broker; raise UsageError for an unknown trigger."""
     if name == "trigger":
         word = params.get("params", "")
-        if word in ASLEEP:
-            raise _unable(f"trigger: {word}")
         if word not in TRIGGERS:
-            raise UsageError(f"trigger: {word[:16]!a} is none of {', '.join((*TRIGGERS, RESET))}")
+            raise UsageError(f"trigger: {word[:16]!a} is none of {', '.join((*TRIGGERS, RESET, RESUME))}")
         return TRIGGERS[word]
-    if name in ASLEEP:
-        raise _unable(name)
     return Op.S_STATE
-
-
-def _unable(what: str) -> WrongStateError:
-    return WrongStateError(f"{what}: this version does not put guests to sleep", hint="the command pause stops a guest")
 
 
 def answer(name: str, done: Done) -> tuple[str, object]:

@@ -58,7 +58,7 @@ COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
         "get-stubdomid": Command(reading=True),
         "get-acpi-state": Command(reading=True),
         "trigger": Command(arguments=frozenset({"params"})),
-        "s3suspend": Command(),
+        "s3suspend": Command(arguments=frozenset({"timeout"})),
         "s3resume": Command(),
         "read-config": Command(arguments=frozenset({"path"})),
         "console": Command(),

@@ -33,13 +33,12 @@ from xenvm.errors import (
     WrongStateError,
     XenvmError,
 )
-from xenvm.supervisor import answers, buttons, commands, devices, discs, images
+from xenvm.supervisor import answers, buttons, commands, devices, discs, images, sleeping
 from xenvm.supervisor.control import Request
-from xenvm.supervisor.desk import Desk
 from xenvm.supervisor.looking import Looking
 from xenvm.supervisor.machine import SUSPEND_REASON, Happening, Vm, seen, step
-from xenvm.supervisor.model import Model
 from xenvm.supervisor.pending import GOALS, Operation, Waiter, error_of
+from xenvm.supervisor.sleeping import Sleeping
 from xenvm.supervisor.states import ALIVE, ENDED, STABLE, Event, State
 
 TYPE_CHECKING = False
@@ -58,10 +57,12 @@ BUILDS: Final = frozenset(
         *(Op.RESTORE, Op.RESTORE_PAUSED),
     }
 )
-REQUESTS: Final = frozenset({Op.ASK_POWEROFF, Op.ASK_REBOOT, Op.FORCE_POWEROFF})  # a guest that runs on is no news
+REQUESTS: Final = frozenset(
+    {Op.ASK_POWEROFF, Op.ASK_REBOOT, Op.ASK_SLEEP, Op.FORCE_POWEROFF}
+)  # a guest that runs on is no news
 
 
-class Supervisor(Desk):
+class Supervisor(Sleeping):
     """All state of one VM's unprivileged side."""
 
     def __init__(self, broker: Channel, listener: socket.socket, watcher: Channel, init: Init) -> None:
@@ -84,7 +85,6 @@ class Supervisor(Desk):
         self._device_asks: dict[int, str] = {}
         self._nics: frozenset[int] = frozenset()
         self._revive = False
-        self._model = Model()
 
     def run(self) -> int:
         """Serve until the broker ends; return the exit status."""
@@ -112,13 +112,10 @@ class Supervisor(Desk):
     def _timeout_s(self) -> float:
         """Return how long to sleep: -1, for ever, when nothing is due."""
         due = self._client_deadlines()
-        if self._operation and self._operation.deadline_s:
-            due.append(self._operation.deadline_s)
-        if self._operation and self._operation.commit_due_s:
-            due.append(self._operation.commit_due_s)
+        due += self._operation.due_s if self._operation else []
         if self._looking.due_s and not self._asked:
             due.append(self._looking.due_s)
-        due += [self._model.due] if self._model.due else []
+        due += [at for at in (self._model.due, self._follows_s) if at]
         return max(0.0, min(due) - time.monotonic()) if due else -1
 
     def _timers(self, now_s: float) -> None:
@@ -132,9 +129,13 @@ class Supervisor(Desk):
             operation.deadline_s = 0.0
             event = Event.IGNORED_FORCE if operation.force else Event.IGNORED
             fault = answers.ignored(operation, now_s)
-            self._happen(Happening(event, now_s, fault=None if operation.force else fault))
+            if operation.name == sleeping.SUSPEND:
+                self._oversleep(fault)
+            else:
+                self._happen(Happening(event, now_s, fault=None if operation.force else fault))
         if operation and operation.commit_due_s and now_s >= operation.commit_due_s:
             self._abandon("the image was not taken over in time")
+        self._follow(now_s)
         self._expire(now_s, self._vm.state)
 
     # Broker and watcher
@@ -214,6 +215,7 @@ class Supervisor(Desk):
             self._happen(seen(self._vm, self._init.policy, message.domain, now_s))
         if op in (Op.PAUSE, Op.UNPAUSE) and self._operation and not self._asked and self._vm.state in STABLE:
             self._finish(self._operation)  # done, and yet the domain is not as it should be
+        self._of_sleep(op, message)
 
     def _found(self, op: Op, domain: Domain, now_s: float) -> None:
         """Take on a domain that was built or found, whatever it does just now."""
@@ -280,13 +282,13 @@ class Supervisor(Desk):
                 self._ask(op)
             return
         self._operation = None
+        self._take_back(operation)
         for client, identifier in operation.cancelled_by:
             if client.fileno() >= 0:
                 client.reply(identifier, "", self._status())
                 self._serve(client)
         if fault is None and self._vm.state not in GOALS[operation.name] and operation.client:
-            why = f": {self._vm.reason}" if self._vm.reason else ""
-            fault = Fault(int(ExitCode.FAILED), f"{operation.name}: the VM is {self._vm.state}{why}", "")
+            fault = Fault(int(ExitCode.FAILED), answers.missed(operation, self._vm), "")
         if self._starting:
             self._starting = False
             self._report_start(fault)
@@ -364,9 +366,6 @@ class Supervisor(Desk):
         if after.state is not before.state:
             self._log(f"state={after.state} domid={after.domid} event={event!s}")
             self._publish("state", {"reason": after.reason})
-
-    def _status(self) -> dict[str, object]:
-        return answers.status(self._init, self._vm, self._operation, self._step)
 
     def _do_status(self, client: Client, request: Request) -> None:
         text = str(self._vm.state) + (f" ({self._vm.reason})" if self._vm.reason else "")
@@ -519,7 +518,10 @@ class Supervisor(Desk):
         self._model.begin(name, discs.steps(name, request.params, client.take_handed()), finish)
 
     def _do_trigger(self, client: Client, request: Request) -> None:
-        if request.params.get("params") == buttons.RESET and answers.is_hvm(self._init):
+        word = request.params.get("params")
+        if word == buttons.RESUME:
+            self.do_sleep(client, request)
+        elif word == buttons.RESET and answers.is_hvm(self._init):
             self._change(client, Request(request.identifier, "restart", {"force": "true"}), "restart", Event.RESTART)
         else:
             self._do_device(client, request)
@@ -582,6 +584,7 @@ class Supervisor(Desk):
         "console-log": _do_console_log,
         **dict.fromkeys(devices.COMMANDS, _do_device),
         **dict.fromkeys(images.COMMANDS, _do_image),
+        **dict.fromkeys(sleeping.COMMANDS, Sleeping.do_sleep),
         "commit": _do_commit,
         "cancel": _do_cancel,
         "trigger": _do_trigger,

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The supervisor's end of the device model's QMP: every byte may be hostile, and nothing of it decides about the VM.
+"""The supervisor's end of the device model's QMP: every byte may be hostile.
+
+Nothing of it decides about the VM, but that its guest sleeps or is awake.
 
 What a client asks of it has a deadline. A device model that breaks the protocol loses the connection, no more: whether
 it lives is the broker's to see.
@@ -37,6 +39,11 @@ class Step(Record):
     may_fail: bool = False
 
 
+LOOK: Final = Step("query-status", {})
+SUSPENDED: Final = "suspended"
+SLEEP_EVENTS: Final = {"SUSPEND": True, "WAKEUP": False}
+
+
 class Sequence:
     """Commands that belong together, one after the other, and who is told how that went."""
 
@@ -64,6 +71,8 @@ class Model:
         self._flood_end, self._flood = 0.0, 0
         self._sequence: Sequence | None = None
         self.vnc_port = 0
+        self.sleeps: bool | None = None
+        """What it has last told of the guest's sleep, until somebody has taken note of it."""
 
     def fileno(self) -> int:
         """Return the descriptor for epoll, -1 without a connection."""
@@ -76,7 +85,7 @@ class Model:
         if descriptor >= 0:
             self._socket = socket.socket(fileno=descriptor)
             self._socket.setblocking(False)
-            self._parser, self._ready = Parser(), False
+            self._parser, self._ready, self.sleeps = Parser(), False, None
         return descriptor >= 0
 
     def drop(self, why: str) -> None:
@@ -126,6 +135,8 @@ class Model:
         except (OSError, QmpError) as error:
             self.drop(str(error))
             return
+        for event in self._parser.events:
+            self.sleeps = SLEEP_EVENTS.get(event, self.sleeps)
         self._parser.events.clear()
         if self._parser.greeted and not self._ready and self._asked is None:
             self._send(Step("qmp_capabilities", {}))
@@ -137,9 +148,21 @@ class Model:
                 return
             if not self._ready:
                 self._ready = not reply.error
+                self._look()
+            elif asked is LOOK:
+                self._note(reply.value)
             elif reply.error and not asked.may_fail:
                 self._end(WrongStateError(f"the device model refuses {asked.command}: {reply.error}"))
             self._next()
+
+    def _look(self) -> None:
+        """Ask how it is: what it tells of the guest's sleep is heard by those only who listen just then."""
+        if self._ready:
+            self._send(LOOK)
+
+    def _note(self, untrusted: object) -> None:
+        if self.sleeps is None and isinstance(untrusted, dict) and untrusted.get("status") == SUSPENDED:
+            self.sleeps = True
 
     def _count(self, size: int) -> None:
         """Raise QmpError when the peer sends so much that reading it would be all that this process does."""

@@ -25,6 +25,8 @@ GOALS: Final[Mapping[str, frozenset[State]]] = {
     "suspend": frozenset({State.SUSPENDED}),
     "checkpoint": ALIVE,
     "restore": ALIVE,
+    "s3suspend": frozenset(),  # neither of these two: what they are for is no state of the VM
+    "s3resume": frozenset(),
 }
 """The states in which a command has done what it was given for."""
 
@@ -49,6 +51,11 @@ class Operation:
         self.owner: Client | None = None
         self.told: dict[str, object] = {}
         self.cancelled_by: list[tuple[Client, object]] = []
+
+    @property
+    def due_s(self) -> list[float]:
+        """When something has to be done about it."""
+        return [at for at in (self.deadline_s, self.commit_due_s) if at]
 
 
 class Waiter(Record):

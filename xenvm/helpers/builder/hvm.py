@@ -121,9 +121,10 @@ def _build(
 
 
 def press(xen: Hypervisor, domid: int, trigger: str) -> None:
-    """Press the power button, or send the first vcpu an NMI."""
+    """Press the power or the sleep button, or send the first vcpu an NMI."""
     number = {
         "power": lib.XEN_DOMCTL_SENDTRIGGER_POWER,
+        "sleep": lib.XEN_DOMCTL_SENDTRIGGER_SLEEP,
         "nmi": lib.XEN_DOMCTL_SENDTRIGGER_NMI,
     }[trigger]
     xen.trigger(domid, number, "sending an NMI" if trigger == "nmi" else f"pressing the {trigger} button")

@@ -222,7 +222,7 @@ class Hypervisor(ABC):
 
     @abstractmethod
     def press(self, domid: int, trigger: str) -> None:
-        """Press the `power` button, or send the first vcpu an `nmi`."""
+        """Press the `power` or the `sleep` button, or send the first vcpu an `nmi`."""
 
     @abstractmethod
     def has_drivers(self, domid: int) -> bool:
@@ -231,3 +231,7 @@ class Hypervisor(ABC):
     @abstractmethod
     def sleep_state(self, domid: int) -> int:
         """Return the ACPI sleep state of an HVM guest, 0 for awake."""
+
+    @abstractmethod
+    def set_sleep_state(self, domid: int, state: int) -> None:
+        """Put an HVM guest to sleep in memory (3), its vcpus reset and stopped; or let it go on at its firmware (0)."""

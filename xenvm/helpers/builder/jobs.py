@@ -48,9 +48,10 @@ STARTING: Final = frozenset({Op.START, Op.START_PAUSED, Op.START_RESTORED, Op.BU
 CREATING: Final = frozenset({Op.BUILD, Op.BUILD_PAUSED, Op.REBUILD, Op.RESTORE, Op.RESTORE_PAUSED})
 RESTORING: Final = frozenset({Op.RESTORE, Op.RESTORE_PAUSED, Op.START_RESTORED})
 PAUSED: Final = frozenset({Op.BUILD_PAUSED, Op.START_PAUSED, Op.RESTORE_PAUSED})
-TRIGGERS: Final = MappingProxyType({Op.PRESS_POWER: "power", Op.NMI: "nmi"})
+TRIGGERS: Final = MappingProxyType({Op.PRESS_POWER: "power", Op.PRESS_SLEEP: "sleep", Op.NMI: "nmi"})
+SLEEP_STATES: Final = MappingProxyType({Op.FALL_ASLEEP: 3, Op.WAKE: 0})  # all that Xen knows of ACPI's
 LOOKING: Final = STARTING | CREATING | {Op.FIND}
-SHUTDOWN_WORDS: Final = MappingProxyType({Op.ASK_POWEROFF: "poweroff", Op.ASK_REBOOT: "reboot"})
+SHUTDOWN_WORDS: Final = MappingProxyType({Op.ASK_POWEROFF: "poweroff", Op.ASK_REBOOT: "reboot", Op.ASK_SLEEP: "s3"})
 
 
 class Builder:
@@ -382,6 +383,24 @@ class Builder:
         self._need_machine(job)
         return str(self._xen.sleep_state(job.domid))
 
+    def _set_sleep_state(self, domain: Domain, job: Job) -> None:
+        """Do to the domain what its device model has told: confined, that may not do so itself."""
+        self._need_machine(job)
+        if self._xen.sleep_state(domain.domid) != SLEEP_STATES[job.op]:
+            self._xen.set_sleep_state(domain.domid, SLEEP_STATES[job.op])
+
+    def _ask_sleep(self, domain: Domain, job: Job) -> None:
+        """Ask the guest to sleep, if it can hear that and is awake."""
+        self._need_machine(job)
+        if not self._xen.has_drivers(domain.domid):
+            raise WrongStateError(
+                "the guest has no PV drivers running, which hear the request to sleep",
+                hint="`trigger sleep` presses its sleep button",
+            )
+        if self._xen.sleep_state(domain.domid):
+            raise WrongStateError("the guest sleeps already", hint="s3resume wakes it")
+        self._store.write(f"{tree.domain_path(domain.domid)}/control/shutdown", SHUTDOWN_WORDS[job.op])
+
     def _need_machine(self, job: Job) -> None:
         if not job.grants.machine:
             raise WrongStateError(f"{job.op}: a PV guest has no buttons and no ACPI")
@@ -433,7 +452,11 @@ class Builder:
             Op.RESUME: _resume,
             Op.CRASH: _crash,
             Op.PRESS_POWER: _press,
+            Op.PRESS_SLEEP: _press,
             Op.NMI: _press,
+            Op.FALL_ASLEEP: _set_sleep_state,
+            Op.WAKE: _set_sleep_state,
+            Op.ASK_SLEEP: _ask_sleep,
             Op.ASK_POWEROFF: _ask,
             Op.ASK_REBOOT: _ask,
             Op.WITHDRAW: _withdraw,

@@ -166,7 +166,8 @@ class Hypervisor(hypervisor.Hypervisor):
         """Refuse: there is no firmware to run, and no device model to talk to."""
         raise HypervisorError("a simulated host runs no HVM guests")
 
-    create_hvm = prepare_hvm = load_hvm = suspend = stop_tracking = crash = press = has_drivers = sleep_state = _no_hvm
+    create_hvm = prepare_hvm = load_hvm = suspend = stop_tracking = crash = press = _no_hvm
+    has_drivers = sleep_state = set_sleep_state = _no_hvm
 
 
 def _domain(told: Told) -> Domain:

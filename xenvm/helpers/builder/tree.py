@@ -122,7 +122,7 @@ def write_skeleton(store: Store, domid: int, uuid: str, name: str, *, hvm: bool 
 
 
 def write_machine(store: Store, domid: int, uuid: str, machine: Machine) -> None:
-    """Tell hvmloader what machine to make, and give the device model an empty directory of its own."""
+    """Tell hvmloader what machine to make, and give the device model a directory of its own, with its settings."""
     home, model = domain_path(domid), model_path(domid)
     readable = ("n0", f"r{domid}")
     sleeps = "1" if machine.acpi else "0"
@@ -137,6 +137,11 @@ def write_machine(store: Store, domid: int, uuid: str, machine: Machine) -> None
     }
     nodes |= {f"platform/{setting.key}": setting.value for setting in machine.platform}
     nodes |= {f"bios-strings/{text.key}": text.value for text in machine.bios_strings}
+    settings = {
+        "xen_extended_power_mgmt": machine.power_management,
+        "oem_features": machine.oem_features,
+        "inject-sci": machine.inject_sci,
+    }
 
     def steps() -> None:
         for directory in ("hvmloader", "platform", "bios-strings"):
@@ -148,6 +153,9 @@ def write_machine(store: Store, domid: int, uuid: str, machine: Machine) -> None
         store.remove(model)
         store.make(model)
         store.permissions(model, "n0")
+        for setting, number in settings.items():
+            if number:
+                store.write(f"{model}/{setting}", str(number))
 
     store.transaction(steps)
 

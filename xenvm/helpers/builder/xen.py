@@ -165,7 +165,7 @@ class Hypervisor(hypervisor.Hypervisor):
         return hvm.load(self, domid, loader=loader, bios=bios, apic=apic, tables=tables, channels=channels, **size)
 
     def press(self, domid: int, trigger: str) -> None:
-        """Press the `power` button, or send the first vcpu an `nmi`."""
+        """Press the `power` or the `sleep` button, or send the first vcpu an `nmi`."""
         hvm.press(self, domid, trigger)
 
     def has_drivers(self, domid: int) -> bool:
@@ -175,6 +175,10 @@ class Hypervisor(hypervisor.Hypervisor):
     def sleep_state(self, domid: int) -> int:
         """Return the ACPI sleep state, 0 for awake."""
         return self.parameter(domid, lib.HVM_PARAM_ACPI_S_STATE, "the ACPI state")
+
+    def set_sleep_state(self, domid: int, state: int) -> None:
+        """Put the guest to sleep (3) or wake it (0): Xen resets its vcpus and stops them, or lets the first one run."""
+        self.set_parameter(domid, lib.HVM_PARAM_ACPI_S_STATE, state, "the ACPI state")
 
     def set_parameter(self, domid: int, parameter: int, value: int, what: str) -> None:
         """Set one HVM parameter (xen/hvm/params.h); `what` names it in the error."""
