@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xenvm import forms
-from xenvm.boundary import checks, devices, images, machine, messages, workers
+from xenvm.boundary import checks, devices, images, machine, messages, processors, workers
 from xenvm.boundary.frames import BODY_LIMIT_BYTES, HEADER, MAGIC, VERSION, Channel, decode, encode
 from xenvm.boundary.messages import KINDS, flag
 from xenvm.errors import ProtocolError
@@ -34,7 +34,7 @@ PATTERNS = {
     forms.uuid: r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}",
     forms.printable: r"[\x20-\x7e]*",
     checks.NAME: r"[A-Za-z0-9._+-]{1,64}",
-    messages._mask: r"([01xks]{32})?",
+    processors._mask: r"([01xks]{32})?",
     devices.is_mac: r"[0-9a-f]{2}(:[0-9a-f]{2}){5}",
     devices.is_bridge: r"[!-.0-9;-~]{0,15}",
     devices.is_server: r"([1-9][0-9]{0,9} [0-9]{1,20})?",

@@ -169,6 +169,9 @@ def ready(end, peer):
     peer.sendall(GREETING)
     end.read()
     answer(end, peer, {"return": {}, "id": asked(peer)["id"]})
+    look = asked(peer)
+    assert look["execute"] == "query-status"  # does the guest sleep?
+    answer(end, peer, {"return": {"status": "running"}, "id": look["id"]})
 
 
 def test_a_disc_is_put_in_by_descriptor(connected, tmp_path):

@@ -32,9 +32,7 @@ SUSPEND, RESUME = "s3suspend", "s3resume"
 COMMANDS: Final = (SUSPEND, RESUME)
 ASLEEP: Final = "3"
 SLEEP_WAIT_S: Final = 30.0
-PAUSE_S: Final = (
-    1.0  # between two things that are done because a device model, which may be hostile, has told something
-)
+PAUSE_S: Final = 1.0  # between two things done since a device model, which may be hostile, has told something
 WAKING: Final = (Step("system_wakeup", {}, may_fail=True), Step("query-status", {}))
 """It refuses the first when it does not know that the guest sleeps; when it answers the second, the first is done."""
 
