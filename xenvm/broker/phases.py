@@ -32,9 +32,7 @@ class Permit(Record):
 _ANY: Final = frozenset(VmPhase)
 _BUILT: Final = frozenset({VmPhase.BUILT})
 _ABSENT: Final = frozenset({VmPhase.ABSENT})
-_SHORT_S: Final = (
-    60.0  # one small thing; what a helper takes to come up, on a host full of booting guests, is not in it
-)
+_SHORT_S: Final = 60.0  # one small thing; what a helper takes to come up is not in it
 
 PERMITS: Final[Mapping[Op, Permit]] = MappingProxyType(
     {
