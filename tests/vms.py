@@ -394,7 +394,7 @@ class Vm:
         text = self.console().rpartition("GUEST-UP")[2]
         return [int(number) for number in re.findall(r"^tick (\d+)\r?$", text, re.MULTILINE)]
 
-    def up(self, boots=1):
+    def up(self, boots=1, patience_s=PATIENCE_S):
         """Wait for the guest's userspace.
 
         Under emulation Debian 13's kernel dies now and then early in its boot, while it patches its own code. A guest
@@ -409,7 +409,7 @@ class Vm:
             return self.boots() >= boots and self.ticks()
 
         try:
-            until(there, "guest userspace up and ticking")
+            until(there, "guest userspace up and ticking", patience_s)
         except AssertionError as error:
             raise AssertionError(f"{error}; {self.status()}; its console ends: {self.console()[-2000:]}") from None
 

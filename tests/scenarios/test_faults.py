@@ -179,7 +179,7 @@ def test_many_at_once(host, vm, count):
     assert set(host.domains()) == {guest.uuid for guest in guests}
     assert len(re.findall(r" running ", host.run("xenvm-cmd", "list").stdout)) == count
     for guest in guests:
-        until(lambda guest=guest: guest.ticks(), "every guest ticks", 600)
+        guest.up(patience_s=600)
     stopping = [guest.begin_cmd("shutdown", "timeout=300") for guest in guests]
     for one in stopping:
         said = one.communicate(timeout=400)[0]
