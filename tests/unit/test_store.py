@@ -272,12 +272,16 @@ def test_a_step_that_fails_rolls_back(peers):
 
 def test_a_parent_is_removed_only_while_it_is_empty(peers):
     store, xenstored = peers
-    xenstored.nodes = {b"/a": b"", b"/a/b": b""}
+    xenstored.nodes = {b"/": b"", b"/a": b"", b"/a/b": b""}
     store.remove_if_empty("/a")
     assert b"/a" in xenstored.nodes
     store.remove("/a/b")
+    before = len(xenstored.requests)
     store.remove_if_empty("/a")
-    assert xenstored.nodes == {}
+    assert xenstored.nodes == {b"/": b""}
+    # the parent first: else C xenstored could find that it has no such child
+    steps = [(kind, body) for kind, _, body in xenstored.requests[before:]]
+    assert steps[1:4] == [(READ, b"/\0"), (DIRECTORY, b"/a\0"), (RM, b"/a\0")]
 
 
 def test_one_path_that_cannot_be_removed_does_not_keep_the_others(peers):

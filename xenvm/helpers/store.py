@@ -199,10 +199,15 @@ class Store:
         raise StoreError(f"xenstore list {path}: it changes all the time, or has more than {LIST_LIMIT_BYTES} bytes")
 
     def remove_if_empty(self, path: str) -> None:
-        """Remove a node that has no children; safe against others who add one just now."""
+        """Remove a node that has no children; safe against others who add one just now, or remove it too.
+
+        C xenstored takes each node into a transaction when it is first read: should the parent come after the node, and
+        somebody have removed that in between, it finds no such child, takes that for damage and answers EIO.
+        """
 
         def steps() -> None:
             try:
+                self._client.read((path.rpartition("/")[0] or "/").encode("ascii"))
                 children = self._client.list(path.encode("ascii"))
             except _PYXS_ERRORS:  # gone already, or so full that its list does not fit into one answer
                 return
