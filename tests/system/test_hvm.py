@@ -324,6 +324,7 @@ def test_the_ways_a_guest_ends(hvm, disk):
     assert guest.state == "shutdown"
 
 
+@pytest.mark.long
 def test_a_guest_sleeps_and_wakes_and_what_a_patched_device_model_would_read(hvm, disk):
     """Its device model may not tell Xen that it sleeps; it goes on where the firmware sends it, in the same domain."""
     keys = {"power-management": 1, "oem-features": 5, "inject-sci": 1}
