@@ -349,5 +349,16 @@ def test_the_hosts_tables_are_picked_by_a_worker(users, tmp_path, monkeypatch):
     ]
     made.close()
     licence.unlink()
+    before = os.listdir("/proc/self/fd")
     with pytest.raises(XenvmError, match="acpi-pt: this host has no such table: .*SLIC or .*MSDM"):
         firmware.Firmware([], MACHINE.but(slic=True), "test", 2)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+    def full(_name, _flags):
+        raise OSError(24, "Too many open files")
+
+    licence.write_bytes(body)
+    monkeypatch.setattr(firmware.os, "memfd_create", full)
+    with pytest.raises(XenvmError, match="firmware: Too many open files"):
+        firmware.Firmware([], MACHINE.but(slic=True), "test", 2)
+    assert len(os.listdir("/proc/self/fd")) == len(before)

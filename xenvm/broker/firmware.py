@@ -44,18 +44,18 @@ class Firmware(Making):
         return ready
 
     def _picked(self, key: str, paths: tuple[str, ...], *, smbios: bool) -> Step:
-        sources = self._tables(key, paths)
-        target = os.memfd_create("tables", os.MFD_CLOEXEC)
+        handed = [os.memfd_create("tables", os.MFD_CLOEXEC)]
         try:
-            answer = yield self._ask(Tables(smbios, self._machine.oem_types), target, *sources)
+            handed += self._tables(key, paths)
+            answer = yield self._ask(Tables(smbios, self._machine.oem_types), *handed)
             if isinstance(answer, Failed):
                 fault = answer.fault
                 raise XenvmError(f"{key}: {fault.message}", hint=fault.hint, code=ExitCode(fault.code))
             if not isinstance(answer, Unpacked):
                 raise ProtocolError("an unpacker answered with something else")
-            readable = os.open(f"/proc/self/fd/{target}", os.O_RDONLY | os.O_CLOEXEC)  # whoever wrote it has ended
+            readable = os.open(f"/proc/self/fd/{handed[0]}", os.O_RDONLY | os.O_CLOEXEC)  # whoever wrote it has ended
         finally:
-            host.close_all((target, *sources))
+            host.close_all(handed)
         self._open.append(readable)
         return readable
 
