@@ -2,6 +2,7 @@
 """What dies, and what must not die with it."""
 
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -146,6 +147,20 @@ def test_kill_9_of_broker_and_builder_during_a_start(host, vm):
     kill(guest.broker())
     starting.communicate(timeout=60)
     guest.start()  # removes what was left, and starts
+    guest.up()
+
+
+def test_a_monitor_that_is_ended_in_a_start_leaves_nothing(host, vm):
+    """SIGTERM, as of systemd: what is half built goes with it."""
+    guest = vm()
+    host.slow()
+    starting = guest.begin()
+    until(lambda: guest.uuid in host.domains() or starting.poll() is not None, "half a domain")
+    kill(guest.broker(), signal.SIGTERM)
+    text = starting.communicate(timeout=90)[0]
+    assert starting.returncode, f"it was not in time: {text}"
+    until(lambda: guest.left() == [], "nothing left")
+    guest.start()
     guest.up()
 
 

@@ -8,8 +8,8 @@ import psutil
 import pytest
 from children import FakeChild
 
-from xenvm.boundary.messages import Ask, Domain, DomainState, Failed, Fault, Grants, HostPolicy, Init, Phase, Policy
-from xenvm.broker import bridges, core, images, making, models, plugging, spares, talks, work
+from xenvm.boundary.messages import Ask, Domain, DomainState, Failed, Fault, Grants, HostPolicy, Init, Op, Phase, Policy
+from xenvm.broker import bridges, core, images, making, models, plugging, spares, talks, tidying, work
 from xenvm.broker.core import Broker
 from xenvm.errors import XenvmError
 
@@ -67,7 +67,10 @@ class Bench:
         return self.grants, Policy("started", "preserve", "reboot", "destroy", 60, 40), {}
 
     def close(self):
-        self.broker._book.saved = False  # nobody is there who would resume the guest
+        self.broker._book.saved = False  # nobody is there who would resume the guest, or remove half of it
+        if self.broker._work:
+            self.broker._work.abandon()
+            self.broker._work = None
         self.broker._phase = core.VmPhase.UNKNOWN
         self.broker._end_children()
         for child in FakeChild.made:
@@ -123,6 +126,11 @@ class Bench:
         self.builder.there.send(message, descriptors)
         self.turn()
 
+    def look(self, message):
+        """Answer whoever looks what a failed job has left."""
+        assert self.job()[0].op is Op.FIND
+        self.answer(message)
+
     def refused(self, code=None):
         message = self.heard()
         assert isinstance(message, Failed)
@@ -133,7 +141,7 @@ class Bench:
 def bench(monkeypatch, tmp_path):
     """Give a bench, and take care that nothing of it stays open; for a fixture."""
     FakeChild.made = []
-    for module in (core, images, making, plugging, models, spares, talks, work):
+    for module in (core, images, making, plugging, models, spares, talks, tidying, work):
         monkeypatch.setattr(module, "Child", FakeChild)
     monkeypatch.setattr(bridges, "bridges", lambda: ["br0"])
     before = psutil.Process().num_fds()

@@ -2,6 +2,7 @@
 """The broker and the devices of its VM: jobs with their workers, changes by command, hints of udev."""
 
 import os
+import signal
 import socket
 import stat
 
@@ -28,8 +29,9 @@ from xenvm.boundary.messages import (
 )
 from xenvm.boundary.privileges import Role
 from xenvm.boundary.workers import Decrypt, Join
-from xenvm.broker import book, core, disks, plugging, uevents
+from xenvm.broker import book, disks, plugging, tidying, uevents
 from xenvm.broker.phases import PERMITS, VmPhase
+from xenvm.broker.plugging import Wanted
 from xenvm.broker.work import POSTPONED_LIMIT
 from xenvm.errors import BusyError, ExitCode
 from xenvm.helpers import devices
@@ -173,13 +175,15 @@ def test_the_servers_of_the_domain_before_end_when_it_is_gone(bench):
     assert bench.ended == ["4711 99"]
 
 
-def test_they_end_too_when_the_next_domain_cannot_be_built_or_has_no_devices(bench, monkeypatch):
+def test_they_end_too_when_the_next_domain_cannot_be_built_or_has_no_devices(bench):
     """What a builder has not made, it may not have destroyed either: another one looks."""
-    monkeypatch.setattr(core, "look_again", lambda *_: Done(0, NO_DOMAIN, ""))
     bench.known(RUNNING)
     bench.broker._book.seen((ADDED,))
     bench.ask(Op.REBUILD)
+    bench.job()
     bench.answer(Failed(0, Fault(1, "memory: 5 MiB are free", ""), NO_DOMAIN))
+    bench.look(Done(0, NO_DOMAIN, ""))
+    bench.broker._cancel("the rebuild is not done once more")
     assert bench.ended == ["4711 99"]
     bench.known(RUNNING)
     bench.ask(Op.REBUILD)
@@ -401,12 +405,13 @@ def test_many_changes_leave_no_descriptor(bench):
     assert set(counts) == {counts[0]}
 
 
-def test_they_live_on_with_a_domain_that_the_builder_could_not_destroy(bench, monkeypatch):
-    monkeypatch.setattr(core, "look_again", lambda *_: Done(0, RUNNING, "", (ADDED,)))
+def test_they_live_on_with_a_domain_that_the_builder_could_not_destroy(bench):
     bench.known(RUNNING)
     bench.broker._book.seen((ADDED,))
     bench.ask(Op.REBUILD)
+    bench.job()
     bench.answer(Failed(0, Fault(1, "xenstored is gone", ""), NO_DOMAIN))
+    bench.look(Done(0, RUNNING, "", (ADDED,)))
     assert bench.ended == []
     assert isinstance(bench.heard(), Failed)
     assert bench.broker._phase is VmPhase.BUILT
@@ -415,12 +420,13 @@ def test_they_live_on_with_a_domain_that_the_builder_could_not_destroy(bench, mo
 # A helper that dies over what must not be left half done
 
 
-def test_a_destroy_whose_builder_dies_is_done_all_the_same(bench, monkeypatch):
-    monkeypatch.setattr(core, "look_again", lambda *_: Done(0, NO_DOMAIN, ""))
+def test_a_destroy_whose_builder_dies_is_done_all_the_same(bench):
     bench.known(RUNNING)
     bench.ask(Op.DESTROY, sequence=5)
     bench.builder.die()
     bench.turn()
+    assert bench.silent()
+    bench.look(Done(0, NO_DOMAIN, ""))
     answer = bench.heard()
     assert (type(answer), answer.sequence, answer.domain) == (Done, 5, NO_DOMAIN)
     assert bench.broker._phase is VmPhase.ABSENT
@@ -440,13 +446,13 @@ def test_a_supervisor_that_dies_over_a_change_of_devices_ends_it(bench):
     assert bench.heard().domain == RUNNING
 
 
-def test_one_that_dies_before_it_has_begun_has_a_successor_once(bench, monkeypatch):
+def test_one_that_dies_before_it_has_begun_has_a_successor_once(bench):
     """A suspend whose image has its name would else leave a domain that nobody wakes and nobody removes."""
-    monkeypatch.setattr(core, "look_again", lambda *_: Done(0, RUNNING, ""))
     bench.known(RUNNING)
     bench.ask(Op.DESTROY, sequence=4)
     bench.builder.die()
     bench.turn()
+    bench.look(Done(0, RUNNING, ""))
     assert bench.job()[0].op is Op.DESTROY
     bench.answer(Done(0, NO_DOMAIN, ""))
     answer = bench.heard()
@@ -456,27 +462,27 @@ def test_one_that_dies_before_it_has_begun_has_a_successor_once(bench, monkeypat
     for _ in range(2):
         bench.builder.die()
         bench.turn()
+        bench.look(Done(0, RUNNING, ""))
     answer = bench.heard()
     assert isinstance(answer, Failed)
     assert answer.domain.domid == RUNNING.domid
     assert bench.broker._phase is VmPhase.BUILT
 
 
-def test_a_build_that_failed_and_could_not_remove_what_it_made_is_looked_at_again(bench, monkeypatch):
+def test_a_build_that_failed_and_could_not_remove_what_it_made_is_looked_at_again(bench):
     """Its domain may even be whole, when xenstored went away at the last moment: then the build has succeeded."""
-    monkeypatch.setattr(core, "look_again", lambda *_: Done(0, RUNNING, ""))
     bench.known(NO_DOMAIN)
     bench.ask(Op.BUILD, sequence=5)
     bench.job()
     bench.answer(Failed(0, Fault(1, "xenstored is gone", ""), NO_DOMAIN.but(phase=Phase.BUILDING)))
+    bench.look(Done(0, RUNNING, ""))
     answer = bench.heard()
     assert (type(answer), answer.sequence, answer.domain) == (Done, 5, RUNNING)
     assert bench.broker._phase is VmPhase.BUILT
 
 
-def test_a_reboot_whose_builder_dies_is_built_once_more_and_not_twice(bench, monkeypatch):
+def test_a_reboot_whose_builder_dies_is_built_once_more_and_not_twice(bench):
     """A guest's own reboot has nobody who would ask for it again."""
-    monkeypatch.setattr(core, "look_again", lambda *_: Done(0, NO_DOMAIN, ""))
     bench.known(RUNNING)
     bench.ask(Op.REBUILD, sequence=5)
     for op in (Op.REBUILD, Op.BUILD):
@@ -484,9 +490,87 @@ def test_a_reboot_whose_builder_dies_is_built_once_more_and_not_twice(bench, mon
         assert bench.silent()
         bench.builder.die()
         bench.turn()
+        bench.look(Done(0, NO_DOMAIN, ""))
     answer = bench.heard()
     assert (type(answer), answer.sequence) == (Failed, 5)
     assert bench.broker._work is None
+
+
+def test_while_it_is_looked_what_a_failed_job_has_left_the_monitor_serves_its_supervisor(bench):
+    """What it cannot do meanwhile it refuses by the name of what was asked for; a destroy takes the place of the look."""
+    bench.known(RUNNING)
+    bench.ask(Op.REBUILD, sequence=5)
+    bench.builder.die()
+    bench.turn()
+    looking = bench.builder
+    bench.ask(Op.CONSOLE_LOG, sequence=6)
+    assert "console" in bench.refused()
+    bench.ask(Op.FIND, sequence=7)
+    assert bench.refused(ExitCode.BUSY) == "the broker is busy with rebuild"
+    bench.ask(Op.DESTROY, sequence=8)
+    assert looking.killed
+    assert bench.refused() == "rebuild: ended by destroy"
+    assert bench.job()[0].op is Op.DESTROY
+    bench.answer(Done(0, NO_DOMAIN, ""))
+    assert bench.heard().sequence == 8
+
+
+def test_a_supervisor_that_ends_over_such_a_look_leaves_no_answer_to_the_next(bench):
+    """But what was asked for is done once more all the same."""
+    bench.known(RUNNING)
+    bench.ask(Op.REBUILD, sequence=5)
+    bench.builder.die()
+    bench.turn()
+    bench.supervisor.there.close()
+    bench.turn()
+    assert isinstance(bench.heard(), Init)
+    bench.look(Done(0, NO_DOMAIN, ""))
+    job, _ = bench.job()
+    assert job.op is Op.BUILD
+    bench.answer(Done(0, RUNNING.but(domid=8), ""))
+    answer = bench.heard()
+    assert (answer.sequence, answer.domain.domid) == (0, 8)
+
+
+def test_what_was_added_survives_a_reboot_that_is_done_once_more(bench):
+    bench.known(RUNNING)
+    bench.broker._book.added(Wanted((), (Vif(3, "br0", "00:16:3e:00:00:09"),)))
+    bench.ask(Op.REBUILD, sequence=5)
+    bench.builder.die()
+    bench.turn()
+    bench.look(Done(0, NO_DOMAIN, ""))
+    job, _ = bench.job()
+    assert job.op is Op.BUILD
+    assert [vif.id for vif in job.vifs] == [3]
+    bench.builder.die()
+    bench.turn()
+    bench.look(Done(0, NO_DOMAIN, ""))
+    assert bench.broker._book.wanted(bench.grants).vifs == ()
+
+
+@pytest.mark.parametrize("looking", [False, True])
+def test_a_monitor_that_is_ended_over_a_build_has_what_is_half_there_removed(bench, monkeypatch, looking):
+    asked = []
+
+    def ask(child, message, deadline_s, models):
+        child.end()
+        asked.append((message.op, message.domid, deadline_s, models))
+        return Done(0, NO_DOMAIN, "")
+
+    monkeypatch.setattr(tidying, "ask_once", ask)
+    bench.known(NO_DOMAIN)
+    bench.ask(Op.BUILD, sequence=5)
+    bench.job()
+    if looking:
+        bench.builder.die()
+        bench.turn()
+    working = bench.builder
+    os.write(bench.signals, bytes([signal.SIGTERM]))
+    bench.turn()
+    bench.broker._end_children()
+    assert working.killed
+    assert asked == [(Op.FIND, -1, tidying.CLEAR_UP_S, bench.broker._models)]
+    assert bench.acts.of("result")[-1] == {"op": "find", "result": "Done"}
 
 
 # A kernel that cannot be unpacked
@@ -521,15 +605,15 @@ def test_a_damaged_kernel_costs_a_running_domain_nothing(bench):
 
 
 @pytest.mark.parametrize("found", [True, False])
-def test_a_domain_is_adopted_also_when_its_kernel_is_damaged(bench, monkeypatch, found):
+def test_a_domain_is_adopted_also_when_its_kernel_is_damaged(bench, found):
     """Its image servers live on; without a domain the start fails of the kernel."""
     devices_of(bench, disks=(DISK,))
     served = SEEN.but(server="4711 99")
     answer = Done(0, RUNNING if found else NO_DOMAIN, "", (served,) if found else ())
-    monkeypatch.setattr(core, "look_again", lambda *_: answer)
     bench.kernel.write_bytes(b"not an ELF file")
     bench.broker._begin(0, Op.START, 60)
     refuse_kernel(bench)
+    bench.look(answer)
     told = bench.heard()
     assert type(told) is (Done if found else Failed)
     assert bench.ended == []

@@ -226,12 +226,14 @@ def resumed(bench, monkeypatch):
     """The jobs given to fresh builders while the monitor ends."""
     given = []
 
-    def ask(child, message, deadline_s, _talk):
+    def ask(child, message, deadline_s, _models=None, talk=None):
+        assert talk is None
         child.end()
         given.append((message.op, message.domid, deadline_s))
         return Done(0, RUNNING, "")
 
     monkeypatch.setattr(work, "ask_once", ask)
+    monkeypatch.setattr(core, "clear_up", lambda *_: None)  # of what an unfinished destroy has left
     return given
 
 
@@ -569,17 +571,16 @@ def test_a_worker_that_says_twice_what_the_image_is_breaks_the_protocol(bench, f
 
 
 @pytest.mark.parametrize("how", ["die", "cancel"])
-def test_a_restore_that_is_ended_is_tidied_up(bench, file, monkeypatch, how):
+def test_a_restore_that_is_ended_is_tidied_up(bench, file, how):
     _, pipe = restore(bench, file)
     os.close(pipe)
-    tidied = []
-    monkeypatch.setattr(core, "look_again", lambda *_: tidied.append(1))
     if how == "die":
         bench.builder.die()
         bench.turn()
     else:
         bench.ask(Op.CANCEL, sequence=9)
-    assert tidied == [1]
+        assert bench.heard().sequence == 9
+    bench.look(Failed(0, FAULT, NO_DOMAIN))
     assert "cancelled" in bench.refused() if how == "cancel" else "builder ended" in bench.refused()
     assert all(child.killed for child in workers(Role.STREAM))
 
@@ -646,11 +647,11 @@ def test_the_image_of_a_guest_that_is_adopted_is_removed_when_its_monitor_had_no
     assert len(bench.acts.of("image-removed")) == logged
 
 
-def test_the_image_is_removed_though_the_builder_died_when_the_domain_was_whole(bench, granted, monkeypatch):
+def test_the_image_is_removed_though_the_builder_died_when_the_domain_was_whole(bench, granted):
     job, _ = begin(bench)
-    monkeypatch.setattr(core, "look_again", lambda *_: Done(0, RUNNING, job.restored))
     bench.builder.die()
     bench.turn()
+    bench.look(Done(0, RUNNING, job.restored))
     assert bench.heard().domain == RUNNING
     assert not granted.exists()
 

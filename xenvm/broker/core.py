@@ -38,7 +38,6 @@ from xenvm.broker.models import Models
 from xenvm.broker.phases import (
     LEAVES_HALF,
     LEAVES_SUSPENDED,
-    LOOKED_UP,
     ON_DEVICES,
     PERMITS,
     REBUILDING,
@@ -50,9 +49,9 @@ from xenvm.broker.phases import (
     VmPhase,
     extra_s,
 )
-from xenvm.broker.requests import REQUESTS, change_of, must_wait, note, op_of, told, undone
+from xenvm.broker.requests import REQUESTS, change_of, must_wait, op_of, succeeded, told, undone
 from xenvm.broker.spares import Spares
-from xenvm.broker.tidying import AGAIN, in_vain, left_nothing, look_again, once_more, what_is_left
+from xenvm.broker.tidying import AGAIN, clear_up, in_vain, left_nothing, once_more, what_is_left
 from xenvm.broker.uevents import Uevents
 from xenvm.broker.work import ANSWERS, Change, Work, allow, failed, forget, let_run, log_job
 from xenvm.context import suppress
@@ -204,12 +203,14 @@ class Broker:
         self._spares.end()
         if self._watcher:
             self._watcher.end()
-        op = self._work.op if self._work else None
+        op = self._work.meant if self._work else None
         if self._work:
             self._work.abandon()
         suspended = op in LEAVES_SUSPENDED or (self._book.saved and op is not Op.DESTROY)
         if suspended and self._phase is VmPhase.BUILT:
             let_run(self._book, self._grants, self._domid, self._log, self._acts, self._models)
+        elif op in LEAVES_HALF:
+            clear_up(self._grants, self._log, self._acts, self._models)
         if self._keeping:
             self._keeping.close()
         forget(self._postponed)
@@ -336,7 +337,7 @@ class Broker:
         elif self._work and self._work.op in ON_DEVICES:  # nor who waits; the next one is to know soon how things are
             self._cancel("its supervisor has ended")
         if self._work:  # its end brings the new supervisor up to date, to whom an answer to the old one means nothing
-            self._work.sequence, self._work.answer = 0, None
+            self._work.orphan()
         else:
             self._begin(0, Op.FIND, PERMITS[Op.FIND].deadline_s)
         self._start_supervisor(first=not self._told)
@@ -416,7 +417,7 @@ class Broker:
             raise XenvmError(f"{op} was asked for more than {permit.per_minute} times a minute")
         if self._work and permit.deadline_s:
             if op is not Op.DESTROY:
-                raise XenvmError(f"the broker is busy with {self._work.op}", code=ExitCode.BUSY)
+                raise XenvmError(f"the broker is busy with {self._work.meant}", code=ExitCode.BUSY)
             self._cancel(f"ended by {op}")
 
     def _cancel(self, why: str) -> None:
@@ -426,7 +427,7 @@ class Broker:
         work.abandon()
         self._acts.append("cancelled", op=work.op.value, pid=work.builder.pid)
         self._work = None
-        self._to_supervisor(failed(work.sequence, XenvmError(f"{work.op}: {why}"), self._known()))
+        self._to_supervisor(failed(work.sequence, XenvmError(f"{work.meant}: {why}"), self._known()))
 
     def _read_config(self) -> None:
         grants, policy, fields = self._reload()
@@ -511,46 +512,63 @@ class Broker:
         urgent, result = work.op in LEAVES_SUSPENDED, type(message).__name__
         log_job(self._acts, "result", work.op, urgent, pid=work.builder.pid, result=result)
         if isinstance(message, Done):
-            note(self._book, work, message)
+            succeeded(self._book, work, message, self._grants, self._policy, self._log, self._acts)
             if self._models.note(work.op, message, self._acts):
                 self._models.tell(self._to_supervisor)
-            if not work.created and work.op in LOOKED_UP:
-                strays.tidy(self._grants.uuid, self._book, self._log, self._acts)
             if work.kernel and not (self._keeping and self._keeping.children) and work.kernel.keep():
                 self._keeping, work.kernel = work.kernel, None
             if work.op not in ON_DEVICES:
                 self._learn(message.domain)
-            if work.op is Op.SURVEY:
-                looks.publish(work.held, message.text)
-            images.restored(self._policy, self._grants, work.op, message, self._acts)
-            work.close()
+        work.close()
+        if work.behind:
+            self._failed(*work.behind, what_is_left(work.behind[0], message))
+        elif isinstance(message, Done):
             self._pass_on(work, message)
-        elif isinstance(message, Failed):
-            work.close()
-            made = self._after_failure(work) if work.op in LEAVES_HALF else None
-            images.restored(self._policy, self._grants, work.op, made, self._acts)
-            answer = made or work.answer or Failed(work.sequence, message.fault, self._known())
-            if work.op is Op.PLUG and work.result is None:
-                self._first(work, Op.UNPLUG, answer, undone(work))
-            elif work.op in SAVING and work.result is None:
-                self._first(work, Op.RESUME, answer)
-            elif again := once_more(work, made, absent=self._phase is VmPhase.ABSENT):
-                self._first(work, again, answer)
-            else:
-                self._to_supervisor(answer)
+        elif isinstance(message, Failed) and not self._look_behind(work, message):
+            self._failed(work, message, None)
         if not self._work:
             self._spares.follow(work, message)
 
+    def _failed(self, work: Work, message: Failed, made: Done | None) -> None:
+        """Tell of a job that has failed, or of what it has `made` all the same, when all that it left is tidied up."""
+        answer = made or work.answer or Failed(work.sequence, message.fault, self._known())
+        if work.op is Op.PLUG and work.result is None:
+            self._first(work, Op.UNPLUG, answer, undone(work))
+        elif work.op in SAVING and work.result is None:
+            self._first(work, Op.RESUME, answer)
+        elif again := once_more(work, made, absent=self._phase is VmPhase.ABSENT):
+            self._first(work, again, answer)
+        else:
+            self._to_supervisor(answer)
+
+    def _look_behind(self, work: Work, message: Failed) -> bool:
+        """Begin to look what a failed build or destroy has left, if that is of use; what is half there is removed."""
+        if work.op not in LEAVES_HALF or in_vain(work):
+            return False
+        self._set_phase(VmPhase.ABSENT, -1)
+        if left_nothing(work) or work.created:  # its image servers served a domain that is gone
+            self._book.domain_gone(for_good=False)
+        if not left_nothing(work):
+            self._try(work.sequence, Op.FIND, PERMITS[Op.DESTROY].deadline_s)
+        if self._work:
+            self._work.behind = work, message
+        return self._work is not None
+
     def _first(self, work: Work, op: Op, answer: Message, change: Change | None = None) -> None:
         """Undo what a job has left, or do the rest, by another one; only after that the answer to it is given."""
+        self._try(work.sequence, op, PERMITS[op].deadline_s, change)
+        if self._work:
+            self._work.answer, self._work.repeats = None if op in AGAIN else answer, op in AGAIN
+        else:
+            self._to_supervisor(answer)
+
+    def _try(self, sequence: int, op: Op, deadline_s: float, change: Change | None = None) -> None:
+        """Begin a job that is to tidy up; without a process for it nothing has begun, and the log says so."""
         try:
-            self._begin(work.sequence, op, PERMITS[op].deadline_s, change)
+            self._begin(sequence, op, deadline_s, change)
         except XenvmError as error:
             with suppress(XenvmError):
                 self._acts.append("refused", op=op.value, why=error.message[:200])
-            self._to_supervisor(answer)
-        if self._work:
-            self._work.answer, self._work.repeats = None if op in AGAIN else answer, op in AGAIN
 
     def _pass_on(self, work: Work, done: Done) -> None:
         if work.answer:
@@ -579,21 +597,3 @@ class Broker:
         self._recheck = False
         if uevents.gone(self._book.known, self._domid) and allow(self._asked[Op.SETTLE], PERMITS[Op.SETTLE].per_minute):
             self._begin(0, Op.SETTLE, PERMITS[Op.SETTLE].deadline_s)
-
-    def _after_failure(self, work: Work) -> Done | None:
-        """Learn what a failed build or destroy has left, have removed what is half there; see `what_is_left`."""
-        before = self._domid
-        if in_vain(work):
-            return None
-        self._set_phase(VmPhase.ABSENT, -1)
-        told = left_nothing(work)
-        if told or work.created:  # its image servers served a domain that is gone
-            self._book.domain_gone(for_good=False)
-        if told:
-            return None
-        answer = look_again(self._grants, self._log, self._acts, self._models)
-        if answer:
-            self._learn(answer.domain)
-        if isinstance(answer, Done) and self._models.note(Op.FIND, answer, self._acts):
-            self._models.tell(self._to_supervisor)
-        return what_is_left(work, answer, before, self._book)

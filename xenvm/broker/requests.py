@@ -6,8 +6,8 @@ from __future__ import annotations
 from xenvm.boundary.devices import Kind, NicGrant
 from xenvm.boundary.images import Restore, Save
 from xenvm.boundary.messages import Ask, DomainState, Done, Op, Plug, Rebridge, Unplug
-from xenvm.broker import findings, host, images, strays
-from xenvm.broker.phases import ON_DEVICES, PERMITS, REBUILDING, SAVING
+from xenvm.broker import findings, host, images, looks, strays
+from xenvm.broker.phases import LOOKED_UP, ON_DEVICES, PERMITS, REBUILDING, SAVING
 from xenvm.broker.plugging import Wanted
 from xenvm.broker.work import POSTPONED_LIMIT, Change
 from xenvm.errors import UsageError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing import Final
 
     from xenvm.boundary.checks import Message
-    from xenvm.boundary.messages import Domain, Grants
+    from xenvm.boundary.messages import Domain, Grants, Policy
     from xenvm.broker.actlog import ActLog
     from xenvm.broker.book import Book
     from xenvm.broker.work import Work
@@ -75,6 +75,16 @@ def change_of(request: Request, book: Book, grants: Grants, descriptors: list[in
     return Change(image=descriptors[0], timeout_s=request.timeout_s, live=request.live)
 
 
+def succeeded(book: Book, work: Work, done: Done, grants: Grants, policy: Policy, log: int, acts: ActLog) -> None:
+    """Learn from a job that has succeeded, for this monitor and others, and remove what is of no use any more."""
+    note(book, work, done)
+    if not work.created and work.op in LOOKED_UP:
+        strays.tidy(grants.uuid, book, log, acts)
+    if work.op is Op.SURVEY:
+        looks.publish(work.held, done.text)
+    images.restored(policy, grants, work.op, done, acts)
+
+
 def note(book: Book, work: Work, done: Done) -> None:
     """Learn of devices from a job that has succeeded.
 
@@ -96,7 +106,7 @@ def note(book: Book, work: Work, done: Done) -> None:
         book.runs_on()
     if done.domain.state is DomainState.ABSENT and work.op not in ON_DEVICES:
         book.does_not_run()
-        book.domain_gone(for_good=not book.saved)
+        book.domain_gone(for_good=not book.saved and work.meant is not Op.REBUILD)  # which is done once more
 
 
 def told(work: Work, done: Done, known: Domain, uuid: str, book: Book) -> Done:

@@ -3,25 +3,27 @@
 
 from __future__ import annotations
 
-import os
 import time
 
-from xenvm.boundary.machine import EndModel
-from xenvm.boundary.messages import DomainState, Done, Failed, Job, Op, Phase, Ready
+from xenvm.boundary.messages import DomainState, Done, Failed, Job, Op, Phase
 from xenvm.boundary.privileges import Role
 from xenvm.broker.children import Child
-from xenvm.broker.phases import PERMITS
+from xenvm.broker.work import ask_once
+from xenvm.context import suppress
 from xenvm.errors import XenvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
+    from xenvm.boundary.checks import Message
     from xenvm.boundary.messages import Grants
     from xenvm.broker.actlog import ActLog
-    from xenvm.broker.book import Book
     from xenvm.broker.models import Models
     from xenvm.broker.work import Work
+
+
+CLEAR_UP_S: Final = 60.0  # whoever ends the monitor waits for it: systemd ninety seconds, by default
 
 
 def in_vain(work: Work) -> bool:
@@ -58,46 +60,32 @@ def once_more(work: Work, made: Done | None, *, absent: bool) -> Op | None:
     return Op.DESTROY if work.op is Op.DESTROY and work.result is None and time.monotonic() < work.end else None
 
 
-def look_again(grants: Grants, log: int, acts: ActLog, models: Models) -> Done | Failed | None:
-    """Have a fresh builder remove what is half there, and say what is left; None when it gave no answer.
+def clear_up(grants: Grants, log: int, acts: ActLog, models: Models) -> None:
+    """Have what is half there removed when the monitor ends over it, and nobody else would soon.
 
-    Without one the record in xenstore lets the next look or start do it. The device model of a domain that is half
-    there ends on the way.
+    When that fails too, the record in xenstore lets the next start of the VM do it.
     """
-    builder = Child(Role.BUILDER, log, {}, grants.uuid)
-    acts.append("job", op="find", domid=-1, pid=builder.pid)
-    end = time.monotonic() + PERMITS[Op.DESTROY].deadline_s
+    why = "ended"
+    with suppress(XenvmError):
+        acts.append("job", op=Op.FIND.value, domid=-1)
     try:
-        builder.channel.send(Job(Op.FIND, grants.uuid, -1, grants))
-        while (received := builder.channel.receive(deadline_s=max(0.0, end - time.monotonic()))) is not None:
-            message, descriptors = received
-            for descriptor in descriptors:
-                os.close(descriptor)
-            if isinstance(message, EndModel):
-                models.end(message.domid, message.server)
-                builder.channel.send(Ready(()))
-            elif isinstance(message, Done | Failed):
-                acts.append("result", op="find", result=type(message).__name__)
-                return message
+        job = Job(Op.FIND, grants.uuid, -1, grants)
+        why = type(ask_once(Child(Role.BUILDER, log, {}, grants.uuid), job, CLEAR_UP_S, models)).__name__
     except XenvmError as error:
-        acts.append("result", op="find", result=error.message[:200])
-    finally:
-        builder.end(grace_ms=2000)
-    return None
+        why = error.message[:200]
+    with suppress(XenvmError):
+        acts.append("result", op=Op.FIND.value, result=why)
 
 
-def what_is_left(work: Work, answer: Done | Failed | None, before: int, book: Book) -> Done | None:
-    """Note what a failed build or destroy has left, which `look_again` has found.
+def what_is_left(work: Work, look: Message) -> Done | None:
+    """Return the answer that a failed job would have had, if the look behind it shows that all is as it wanted.
 
-    A domain that is whole is never touched: return the answer that the job would have had if all is as it wanted: a new
-    domain, one to be adopted, none after a destroy. `before` is the domain that there was.
+    That is a new domain, or one to be adopted, and none after a destroy. A domain that is whole is never touched; but
+    the image servers of one whose builder died have ended with the job.
     """
-    if not isinstance(answer, Done):
+    if not isinstance(look, Done):
         return None
-    book.seen(answer.devices)
-    absent = answer.domain.state is DomainState.ABSENT
-    if absent or work.created:
-        book.domain_gone(for_good=absent and not book.saved)
-    served = work.created and any(state.server for state in answer.devices)  # by servers that have been ended
-    as_wanted = absent if work.op is Op.DESTROY else answer.domain.domid not in (-1, before)
-    return answer.but(sequence=work.sequence) if as_wanted and not served else None
+    absent = look.domain.state is DomainState.ABSENT
+    served = work.created and any(state.server for state in look.devices)
+    as_wanted = absent if work.op is Op.DESTROY else look.domain.domid not in (-1, work.domid)
+    return look.but(sequence=work.sequence) if as_wanted and not served else None

@@ -8,8 +8,8 @@ import time
 
 from xenvm.boundary.devices import Kind
 from xenvm.boundary.images import Image, Packed, Packing
-from xenvm.boundary.machine import Granted, Wished
-from xenvm.boundary.messages import Done, Failed, Fault, Job, Op
+from xenvm.boundary.machine import EndModel, Granted, Wished
+from xenvm.boundary.messages import Done, Failed, Fault, Job, Op, Ready
 from xenvm.boundary.privileges import Role
 from xenvm.broker.children import Child
 from xenvm.broker.firmware import Firmware
@@ -104,6 +104,10 @@ class Work:
         self.created = self.cancelled = self.repeats = False
         self.answer: Message | None = None
         """What to tell at the end instead of how it went: this only tidies up behind something that failed."""
+        self.domid = -1
+        """The domain that there was when it was begun."""
+        self.behind: tuple[Work, Failed] | None = None
+        """The job that failed, and how: this looks what it has left, and removes what is half there."""
         self.held: list[int] = []
         """Descriptors that came with the request; closed with the work."""
         self.job: Job | None = None
@@ -118,7 +122,7 @@ class Work:
 
         Raise XenvmError when that cannot be begun; nothing of it is left then.
         """
-        wanted = self.change.wanted
+        self.domid, wanted = domid, self.change.wanted
         launching: Launching | None = None
         try:
             if self.change.path:
@@ -167,6 +171,17 @@ class Work:
         """When it has taken too long (monotonic): the helper's time for the job runs from when it can begin."""
         greeted_s = self.builder.greeted_s
         return min(self.latest, greeted_s + self.deadline_s) if greeted_s > self._begun_s else self.latest
+
+    @property
+    def meant(self) -> Op:
+        """What was asked for: the job that failed, while it is looked what that has left."""
+        return self.behind[0].op if self.behind else self.op
+
+    def orphan(self) -> None:
+        """Forget whom the answer was for, who has ended."""
+        self.sequence, self.answer = 0, None
+        if self.behind:
+            self.behind[0].orphan()
 
     def partner(self, child: Child) -> Feed | Sink | Talk | None:
         """Return what the builder hears the answers of, if this child is one of those."""
@@ -240,10 +255,12 @@ class Work:
         self.held.clear()
 
 
-def ask_once(child: Child, message: Message, deadline_s: float, talk: Talk | None = None) -> Done | Failed:
+def ask_once(
+    child: Child, message: Message, deadline_s: float, models: Models | None = None, talk: Talk | None = None
+) -> Done | Failed:
     """Ask a fresh helper for one thing, wait for the answer, end it; raise XenvmError when there is none in time.
 
-    What it wishes of a device model meanwhile `talk` asks for.
+    Meanwhile `models` end as it wishes, and `talk` asks a device model for what it wishes of that.
     """
     end = time.monotonic() + deadline_s
     try:
@@ -255,6 +272,9 @@ def ask_once(child: Child, message: Message, deadline_s: float, talk: Talk | Non
                 return received[0]
             if isinstance(received[0], Wished) and talk:
                 child.channel.send(talk.answer(received[0], end))
+            elif isinstance(received[0], EndModel) and models:
+                models.end(received[0].domid, received[0].server)
+                child.channel.send(Ready(()))
         child.end(grace_ms=1000)
         raise XenvmError(f"the {child.role} worker {child.how()} without an answer")
     finally:
@@ -281,7 +301,7 @@ def let_run(book: Book, grants: Grants, domid: int, log: int, acts: ActLog, mode
             acts.append("job", op=Op.RESUME.value, domid=domid)
         talk = Talk(grants.uuid, log, models, saves=False) if models.state else None
         builder = Child(Role.BUILDER, log, {}, grants.uuid)
-        answer = ask_once(builder, Job(Op.RESUME, grants.uuid, domid, grants), PERMITS[Op.RESUME].deadline_s, talk)
+        answer = ask_once(builder, Job(Op.RESUME, grants.uuid, domid, grants), PERMITS[Op.RESUME].deadline_s, talk=talk)
     except XenvmError as error:
         why = error.message[:200]
     finally:
