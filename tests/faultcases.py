@@ -39,10 +39,18 @@ DEADLINE_S = 4  # of a job, in the copy of the programs that is tested where hel
 SETTLED_S = 60.0 if os.environ.get("XENVM_TEST_HOST") != "xen" else 180.0
 
 
+def copied(directory):
+    """Return a copy of the programs that everybody can run, to be changed for a test."""
+    root = Path(directory) / "changed"
+    shutil.copytree(vms.ROOT / "xenvm", root / "xenvm", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (root, *root.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return root
+
+
 def hurried(directory):
     """Return a copy of the programs in which a job has four seconds: a stopped helper shows by its deadline alone."""
-    root = Path(directory) / "hurried"
-    shutil.copytree(vms.ROOT / "xenvm", root / "xenvm", ignore=shutil.ignore_patterns("__pycache__"))
+    root = copied(directory)
     table = root / "xenvm/broker/phases.py"
     text = re.sub(r"(Permit\(\w+, \d+, )[1-9]\d*\)", rf"\g<1>{DEADLINE_S})", table.read_text())
     text = re.sub(r"(_SHORT_S: Final = ).*", rf"\g<1>{DEADLINE_S}", text)
@@ -52,8 +60,6 @@ def hurried(directory):
     changed = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(changed)
     assert {permit.deadline_s for permit in changed.PERMITS.values()} <= {0, DEADLINE_S}  # all of them
-    for path in (root, *root.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
     return root
 
 

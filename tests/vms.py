@@ -306,7 +306,8 @@ class SimulatedHost:
         assert self.process.wait(timeout=30) == 0, (self.top / "simulator").read_text()
         said = (self.top / "simulator").read_text()
         assert said == "", said
-        assert sorted(path.name for path in self.sockets.iterdir()) == ["console", "log"]
+        left = sorted(path.name for path in self.sockets.iterdir())
+        assert left == ["console", "log"], left
         shutil.rmtree(self.top)
 
 

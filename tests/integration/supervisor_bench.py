@@ -34,6 +34,7 @@ POLICY = Policy("started", "destroy", "reboot", "destroy", 60, 40)
 FAULT = Fault(1, "it went wrong", "look into the log")
 RUNNING = Domain(7, DomainState.RUNNING, Phase.BUILT, -1, 65536, 1, 5)
 PAUSED = RUNNING.but(state=DomainState.PAUSED)
+UNTOUCHED = PAUSED.but(cpu_time_ms=0)
 
 
 def ended(reason, domid=7):

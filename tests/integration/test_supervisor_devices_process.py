@@ -110,7 +110,7 @@ def test_a_paused_guest_has_its_devices(monitor):
     client.send("disk-list")
     monitor.done(monitor.asked(Op.DEVICES), RUNNING, devices=(DISK,))
     assert client.reply()["result"]["data"][0]["name"] == "xvda"
-    assert monitor.state()["state"] == "created"
+    assert monitor.state()["state"] == "paused"
 
 
 # Changing
@@ -331,7 +331,7 @@ def test_the_answer_to_a_client_that_has_gone_changes_nothing(monitor, command, 
     else:
         monitor.done(message, RUNNING, "", devices=(DISK, CARD))
     status = monitor.state()
-    assert (status["state"], status["reason"]) == ("created", "")
+    assert (status["state"], status["reason"]) == ("paused", "")
     other = monitor.client()
     other.send("nic-add")
     assert monitor.asked_change(Plug)[0].nics[0].id == (0 if fails else 1)

@@ -231,7 +231,7 @@ def test_a_paused_guest_cannot_suspend(monitor, file):
     monitor.running(PAUSED)
     client = monitor.client()
     client.hand([file], "suspend", file="/there")
-    assert client.refusal()[:2] == (ExitCode.WRONG_STATE, "suspend is not possible: the VM is created")
+    assert client.refusal()[:2] == (ExitCode.WRONG_STATE, "suspend is not possible: the VM is paused")
 
 
 def test_checkpoint(monitor, file):

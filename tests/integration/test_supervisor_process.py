@@ -11,7 +11,7 @@ import socket
 import time
 
 import pytest
-from supervisor_bench import FAULT, PAUSED, POLICY, RUNNING, UUID, WAIT_S, Monitor, ended
+from supervisor_bench import FAULT, PAUSED, POLICY, RUNNING, UNTOUCHED, UUID, WAIT_S, Monitor, ended
 
 from xenvm.boundary.images import Progress
 from xenvm.boundary.messages import NO_DOMAIN, Fault, Hello, Op, Watch, WatchEvent
@@ -61,8 +61,9 @@ def test_a_failed_start_says_why(monitor):
 
 @pytest.mark.parametrize(("startup", "domain", "state"), [
     ("started", RUNNING, "running"),
-    ("started", PAUSED, "created"),
-    ("paused", PAUSED, "created"),
+    ("started", PAUSED, "paused"),
+    ("started", UNTOUCHED, "created"),
+    ("paused", UNTOUCHED, "created"),
     ("paused", RUNNING, "running"),
     ("shutdown", RUNNING, "running"),
     ("shutdown", NO_DOMAIN, "shutdown"),

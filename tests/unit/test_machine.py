@@ -9,6 +9,7 @@ from xenvm.boundary.messages import NO_DOMAIN, Domain, DomainState, Fault, Op, P
 from xenvm.errors import WrongStateError
 from xenvm.supervisor.machine import (
     BUILDING,
+    QUICK_DEATH_HVM_S,
     QUICK_DEATH_S,
     QUICK_DEATHS_LIMIT,
     TRANSITIONS,
@@ -71,7 +72,7 @@ def test_a_suspended_guest_is_resumed_whatever_the_policy(state, action):
     assert (event, vm.state, op, vm.domid) == (Event.SEEN_SUSPENDED, state, Op.RESUME, 7)
 
 
-@pytest.mark.parametrize(("found", "state"), [("RUNNING", State.RUNNING), ("PAUSED", State.CREATED)])
+@pytest.mark.parametrize(("found", "state"), [("RUNNING", State.RUNNING), ("PAUSED", State.PAUSED)])
 def test_a_suspended_guest_found_at_the_start_is_up_once_it_is_resumed(found, state):
     event, vm, op = ended(RUNNING.but(state=State.CREATING), 2)
     assert (event, vm.state, op) == (Event.SEEN_SUSPENDED, State.CREATING, Op.RESUME)
@@ -130,6 +131,17 @@ def test_three_quick_deaths_leave_the_guest_off():
     assert "3 times in a row within 10 s" in off.reason
     assert "reboot" in off.reason
     assert "left off" in off.reason
+
+
+def test_an_hvm_guest_has_a_minute():
+    """Firmware and boot loader come first: one that panics as soon as it can does so after half a minute."""
+    vm = RUNNING.but(quick_death_s=QUICK_DEATH_HVM_S)
+    for _ in range(QUICK_DEATHS_LIMIT - 1):
+        vm, op = die(vm, 30.0)
+        assert op is Op.REBUILD
+    vm, op = die(vm, QUICK_DEATH_HVM_S - 0.1)
+    assert (vm.state, op) == (State.SHUTDOWNING, Op.DESTROY)
+    assert "within 60 s" in vm.reason
 
 
 @pytest.mark.parametrize("reason", [0, 1, 3, 4])

@@ -6,6 +6,7 @@ It holds no privilege, no path and no domid that means anything to the broker. B
 
 from __future__ import annotations
 
+import _signal as signal  # `signal` itself builds enumerations at each start
 import os
 import select
 import time
@@ -26,17 +27,11 @@ from xenvm.boundary.messages import (
     Watch,
     WatchEvent,
 )
-from xenvm.errors import (
-    BusyError,
-    ExitCode,
-    UsageError,
-    WrongStateError,
-    XenvmError,
-)
+from xenvm.errors import BusyError, ExitCode, UsageError, WrongStateError, XenvmError
 from xenvm.supervisor import answers, buttons, commands, devices, discs, images, sleeping
 from xenvm.supervisor.control import Request
 from xenvm.supervisor.looking import Looking
-from xenvm.supervisor.machine import SUSPEND_REASON, Happening, Vm, seen, step
+from xenvm.supervisor.machine import QUICK_DEATH_HVM_S, QUICK_DEATH_S, SUSPEND_REASON, Happening, Vm, seen, step
 from xenvm.supervisor.pending import GOALS, Operation, Waiter, error_of
 from xenvm.supervisor.sleeping import Sleeping
 from xenvm.supervisor.states import ALIVE, ENDED, STABLE, Event, State
@@ -51,6 +46,8 @@ if TYPE_CHECKING:
     from xenvm.supervisor.control import Client
 
 WAIT_DEFAULT_S: Final = 60.0
+TURN_CPU_S: Final = 20.0
+"""What a turn may take of a processor: SIGPROF ends a supervisor that loops for ever, and the broker starts another."""
 BUILDS: Final = frozenset(
     {
         *(Op.START, Op.START_PAUSED, Op.START_RESTORED, Op.FIND, Op.BUILD, Op.BUILD_PAUSED, Op.REBUILD),
@@ -70,7 +67,8 @@ class Supervisor(Sleeping):
         super().__init__(listener, init)
         self._broker, self._watcher = broker, watcher
         restoring = init.first and init.policy.startup.startswith("restore")
-        self._vm = Vm(State.RESTORING if restoring else State.CREATING)
+        quick_s = QUICK_DEATH_HVM_S if answers.is_hvm(init) else QUICK_DEATH_S
+        self._vm = Vm(State.RESTORING if restoring else State.CREATING, quick_death_s=quick_s)
         self._operation = Operation("start", None, None, time.monotonic())
         self._starting = init.first
         first_op = {"started": Op.START, "paused": Op.START_PAUSED, "shutdown": Op.FIND}.get(
@@ -93,6 +91,7 @@ class Supervisor(Sleeping):
         if self._init.first:
             self._serve_clients()
         while True:
+            signal.setitimer(signal.ITIMER_PROF, TURN_CPU_S)
             for descriptor, events in self._epoll.poll(self._timeout_s()):
                 if descriptor == self._broker.fileno():
                     if not self._from_broker():
@@ -222,7 +221,8 @@ class Supervisor(Sleeping):
         if domain.state is DomainState.RUNNING:
             self._happen(Happening(Event.BUILT, now_s, domain.domid))
         elif domain.state is DomainState.PAUSED:
-            self._happen(Happening(Event.BUILT_PAUSED, now_s, domain.domid))
+            event = Event.SEEN_PAUSED if domain.cpu_time_ms else Event.BUILT_PAUSED  # one that has run was paused since
+            self._happen(Happening(event, now_s, domain.domid))
         elif domain.state is DomainState.SHUTDOWN and op in (Op.BUILD, Op.BUILD_PAUSED, Op.REBUILD):
             self._happen(Happening(Event.BUILT, now_s, domain.domid))  # and it ended before anybody could look
             self._happen(seen(self._vm, self._init.policy, domain, now_s))

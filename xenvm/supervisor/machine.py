@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from typing import Final
 
 QUICK_DEATH_S: Final = 10.0
+QUICK_DEATH_HVM_S: Final = 60.0  # firmware and boot loader come first, and disks are slow until the kernel has drivers
 QUICK_DEATHS_LIMIT: Final = 3
 
 REASONS: Final[Mapping[int, str]] = MappingProxyType(  # xen/sched.h, SHUTDOWN_*
@@ -33,7 +34,8 @@ class Step(Record):
 class Vm(Record):
     """Everything the machine remembers. `fault` is set by the step that went wrong and cleared by the next command.
 
-    `reason` says why the VM is off or held; `domid` is -1 without a domain; `started_s` is on the caller's clock.
+    `reason` says why the VM is off or held; `domid` is -1 without a domain; `started_s` is on the caller's clock. A
+    guest that ends within `quick_death_s` of its start has died too soon.
     """
 
     state: State
@@ -42,6 +44,7 @@ class Vm(Record):
     fault: Fault | None = None
     started_s: float = 0.0
     quick_deaths: int = 0
+    quick_death_s: float = QUICK_DEATH_S
 
 
 class Happening(Record):
@@ -123,7 +126,7 @@ TRANSITIONS: Final[Mapping[tuple[State, Event], Step]] = MappingProxyType(
             Event.BUILT: Step(State.RUNNING),
             Event.BUILT_PAUSED: Step(State.CREATED),
             Event.SEEN_RUNNING: Step(State.RUNNING),
-            Event.SEEN_PAUSED: Step(State.CREATED),
+            Event.SEEN_PAUSED: Step(State.PAUSED),
             Event.ABSENT: Step(State.SHUTDOWN),
         },
     )
@@ -188,7 +191,7 @@ def step(vm: Vm, happening: Happening) -> tuple[Vm, Op | None]:
         after = after.but(domid=happening.domid)
     if event is Event.ENDED_REBOOT:
         quick = (
-            happening.now_s - vm.started_s < QUICK_DEATH_S and vm.state is not State.REBOOTING
+            happening.now_s - vm.started_s < vm.quick_death_s and vm.state is not State.REBOOTING
         )  # then a command did it
         after = after.but(quick_deaths=vm.quick_deaths + 1 if quick else 0)
     if row.state in ALIVE and vm.state not in ALIVE and event in (Event.BUILT, Event.BUILT_PAUSED):
@@ -212,7 +215,7 @@ def seen(vm: Vm, policy: Policy, domain: Domain, now_s: float) -> Happening:
     """Turn a look at the domain into the event it means under the VM's policy.
 
     A guest that was asked to restart and stops in whatever orderly way is restarted. A guest whose policy is reboot
-    and that ended for the third time in a row within 10 s of its start is left off.
+    and that ended for the third time in a row soon after its start is left off.
     """
     if domain.state is DomainState.RUNNING:
         return Happening(Event.SEEN_RUNNING, now_s, domain.domid)
@@ -239,10 +242,10 @@ def seen(vm: Vm, policy: Policy, domain: Domain, now_s: float) -> Happening:
     if action == "preserve":
         return Happening(preserve, now_s, domain.domid, f"{reason}; preserved as domain {domain.domid}", fault)
     if action == "reboot":
-        quick = now_s - vm.started_s < QUICK_DEATH_S
+        quick = now_s - vm.started_s < vm.quick_death_s
         if not asked_to_restart and quick and vm.quick_deaths + 1 >= QUICK_DEATHS_LIMIT:
             reason = (
-                f"the guest ended {QUICK_DEATHS_LIMIT} times in a row within {QUICK_DEATH_S:g} s of its start "
+                f"the guest ended {QUICK_DEATHS_LIMIT} times in a row within {vm.quick_death_s:g} s of its start "
                 f"(last: {word}): left off"
             )
             return Happening(Event.ENDED_DESTROY, now_s, domain.domid, reason, fault)

@@ -183,5 +183,5 @@ def _domain(told: Told) -> Domain:
         reason=told["reason"],
         memory_kib=told["memory_kib"],
         vcpus=told["vcpus"],
-        cpu_time_ms=0,
+        cpu_time_ms=told["cpu_time_ms"],
     )
