@@ -76,6 +76,13 @@ def limit(host, pid, how):
     return lambda: put(soft)
 
 
+def changed(before, after):
+    """Say what of the devices and nodes of a host came and went."""
+    parts = [(f"{kind} ", before[0][kind], after[0][kind]) for kind in before[0]] + [("", before[1], after[1])]
+    came = [f"+{what}{one}" for what, old, new in parts for one in new if one not in old]
+    return " ".join([*came, *(f"-{what}{one}" for what, old, new in parts for one in old if one not in new)])
+
+
 class Case(ABC):
     """One run: an operation, a point of it, a victim, and what happens to it."""
 
@@ -117,7 +124,10 @@ class Case(ABC):
         if not self.stays:
             self.vm.end()
             until(lambda: self.vm.left() == [], "nothing is left of the VM", 20)
-        until(lambda: self.there() == before, f"all is as it was: {before}", 30)
+        try:
+            until(lambda: self.there() == before, "all is as it was", 30)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {changed(before, self.there())}") from None
         assert self.vm.broker_log_is_calm(), "the monitor's log has a traceback"
         return ("o" if code == 0 else "x"), whole_s
 

@@ -16,7 +16,7 @@ import pytest
 from xenvm.boundary.devices import DiskGrant
 from xenvm.broker import disks
 from xenvm.broker.disks import loop, open_disk
-from xenvm.errors import BusyError, XenvmError
+from xenvm.errors import BusyError, ExitCode, XenvmError
 
 WAIT_S = 20
 MIB = 1 << 20
@@ -150,6 +150,32 @@ def test_a_directory_is_refused(directory):
     for read_only in (True, False):
         with pytest.raises(XenvmError):
             open_disk(grant(directory, read_only=read_only))
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("flags", [os.O_PATH, os.O_WRONLY])
+@pytest.mark.parametrize("block", [False, True])
+def test_what_a_client_cannot_read_it_cannot_have_read_for_it(directory, image, losetup, block, flags, share):
+    """A descriptor with O_PATH needs no permission on the file; the kernel would open the device for the guest."""
+    path = image
+    if block:
+        path = directory / "block"
+        os.mknod(path, 0o600 | stat.S_IFBLK, os.stat(losetup()).st_rdev)
+    handed = os.open(path, flags)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(XenvmError, match="is not open for reading") as caught:
+        open_disk(grant(path, type="phy" if block else "file", read_only=True, share=share), handed)
+    assert caught.value.code is ExitCode.PERMISSION_REFUSED
+    assert len(os.listdir("/proc/self/fd")) == before - 1
+
+
+def test_a_file_system_without_locks_is_named(image, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(XenvmError, match=r"disk xvda: .*: cannot lock it: No locks available"):
+        open_disk(grant(image))
 
 
 # Who else has it

@@ -2,6 +2,7 @@
 """A broker whose children are all played by the test."""
 
 import os
+import select
 import socket
 
 import psutil
@@ -94,6 +95,16 @@ class Bench:
 
     def turn(self):
         self.broker._turn(self.wakeup)
+
+    def turns(self):
+        """Let the broker do one turn if anything waits for it; tell whether."""
+        poll = select.poll()
+        for child in (self.supervisor, *self.broker._work.children):
+            poll.register(child.channel.fileno(), select.POLLIN)
+        waits = bool(poll.poll(0))
+        if waits:
+            self.turn()
+        return waits
 
     def ask(self, op, sequence=1, text="", code=0):
         self.supervisor.there.send(Ask(sequence, op, text, code))

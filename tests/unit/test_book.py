@@ -222,6 +222,24 @@ def test_the_server_of_a_disk_that_was_taken_away_ends(book, ended):
     assert ended == ["4711 99"]
 
 
+def test_the_server_of_a_disk_that_something_else_took_away_ends(book, ended):
+    """It would keep the lock on its image, and doctor would take it for one in use."""
+    book.seen((SERVED,))
+    book.seen((SERVED, CARD))
+    assert ended == []
+    book.seen((CARD,))
+    assert (ended, book.servers) == (["4711 99"], frozenset())
+
+
+def test_a_card_stays_where_it_was_moved_over_the_guests_own_reboot(book):
+    book.moved(Vif(0, "dmz", "00:00:00:00:00:00"), (SERVED, CARD))
+    assert book.wanted(grants()).vifs == (Vif(0, "dmz", NIC.mac),)
+    book.domain_gone(for_good=False)
+    assert book.wanted(grants()).vifs == (Vif(0, "dmz", NIC.mac),)
+    book.domain_gone(for_good=True)
+    assert book.wanted(grants()).vifs == (Vif(0, "br0", NIC.mac),)
+
+
 def test_the_server_of_the_disc_before_ends(book, ended, handed):
     book.seen((SERVED.but(device=DISC.device),))
     book.added(book.plug(Plug(1, (DISC.but(type="qcow"),), ()), grants(), [handed]))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The broker and the devices of its VM: jobs with their workers, changes by command, hints of udev."""
 
+import errno
 import os
 import signal
 import socket
@@ -415,6 +416,19 @@ def test_they_live_on_with_a_domain_that_the_builder_could_not_destroy(bench):
     assert bench.ended == []
     assert isinstance(bench.heard(), Failed)
     assert bench.broker._phase is VmPhase.BUILT
+
+
+def test_an_error_of_the_kernel_over_a_device_fails_the_request_and_not_the_monitor(bench):
+    bench.known(RUNNING)
+    bench.refuse[MORE.name] = OSError(errno.ESTALE, "Stale file handle")
+    plug = Plug(9, (MORE,), ())
+    descriptor = os.open(bench.block, os.O_PATH)
+    bench.send(plug, [descriptor])
+    os.close(descriptor)
+    bench.job()
+    bench.answer(Created(7, ()))
+    refused, _ = bench.job()
+    assert refused.fault.message == "devices: Stale file handle"
 
 
 # A helper that dies over what must not be left half done

@@ -193,6 +193,32 @@ def test_a_packer_that_answers_something_else_fails_the_save_and_not_the_broker(
     assert "not asked for" in bench.refused()
 
 
+def test_what_a_worker_gone_mad_says_costs_neither_descriptors_nor_the_builders_patience(bench, file):
+    """The builder hears once why it fails; what came beside the messages is closed, also when the job is over."""
+    worker, *ends = packed_save(bench, file)
+    for descriptor in ends:
+        os.close(descriptor)
+    counts = []
+    for _ in range(2):
+        for _ in range(40):
+            worker.there.send(Failed(0, FAULT, NO_DOMAIN))
+        bench.turn()
+        counts.append(len(os.listdir("/proc/self/fd")))
+    assert counts[0] == counts[1]
+    assert isinstance(bench.builder.there.receive(deadline_s=5)[0], Failed)
+    with pytest.raises(BlockingIOError):
+        bench.builder.there.receive_now()
+    while bench.turns():
+        pass
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        worker.there.send(Done(0, NO_DOMAIN, ""), [file.fileno()])
+    bench.broker._work.feed.close()  # with what nobody has read yet
+    assert len(os.listdir("/proc/self/fd")) <= before
+    bench.answer(Failed(0, FAULT, NO_DOMAIN))
+    assert bench.refused() == FAULT.message
+
+
 def test_cancel_ends_a_save(bench, file):
     save(bench, file)
     bench.ask(Op.CANCEL, sequence=9)
@@ -685,6 +711,17 @@ def test_without_the_granted_image_a_domain_can_still_be_adopted(bench, granted,
     assert (job.op, pipes) == (Op.START_RESTORED, 0)
     assert workers(Role.STREAM) == []
     assert bench.acts.of("refused")[0]["op"] == "start-restored"
+
+
+def test_a_name_alone_is_no_image(tmp_path):
+    """O_PATH takes no permission on the file."""
+    path = tmp_path / "image"
+    path.write_bytes(b"image")
+    descriptor = os.open(path, os.O_PATH)
+    for check in (images.check_source, images.check_target):
+        with pytest.raises(UsageError, match="open"):
+            check(descriptor)
+    os.close(descriptor)
 
 
 def test_the_checks_of_descriptors(tmp_path):

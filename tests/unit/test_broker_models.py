@@ -5,6 +5,7 @@ import fcntl
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from broker_bench import RUNNING, UUID
 from children import FakeChild
 from test_devicemodel import PLAIN
+from vms import until
 
 from xenvm.boundary.devices import DiskGrant
 from xenvm.boundary.images import Restore, Save
@@ -32,6 +34,7 @@ from xenvm.boundary.machine import (
 from xenvm.boundary.messages import (
     NO_DOMAIN,
     Created,
+    DomainState,
     Done,
     Failed,
     Fault,
@@ -39,8 +42,9 @@ from xenvm.boundary.messages import (
     Ready,
 )
 from xenvm.boundary.privileges import Role
-from xenvm.broker import host, models, work
-from xenvm.broker.servers import server_text
+from xenvm.broker import host, models, spares, work
+from xenvm.broker.servers import command_line, server_text
+from xenvm.errors import XenvmError
 
 
 @pytest.fixture
@@ -258,6 +262,98 @@ def test_a_builder_has_it_ended_before_the_domain_goes(bench, qemu, run_director
     assert not (run_directory / f"qmp-{UUID}").exists()
     bench.answer(Done(0, NO_DOMAIN, ""))
     assert bench.broker._models.pidfd < 0
+
+
+def test_a_builder_that_dies_over_that_is_one_failed_job_and_not_the_end_of_the_monitor(bench, qemu):
+    state = running(bench, qemu)
+    bench.ask(Op.DESTROY, 5)
+    bench.builder.there.send(EndModel(8, state.server))
+    bench.builder.die()
+    bench.turn()
+    assert qemu.wait(5) in (-15, -9)
+    assert bench.job()[0].op is Op.FIND
+    bench.answer(Done(0, NO_DOMAIN, ""))
+    assert bench.heard() == Done(5, NO_DOMAIN, "")
+
+
+def test_a_guest_that_could_not_be_stopped_is_tried_again_ever_later(bench, qemu, monkeypatch):
+    """What took QEMU may take the builder too; nobody else would say that the guest stands still."""
+    running(bench, qemu)
+    qemu.kill()
+    qemu.wait()
+    bench.turn()
+    now_s = time.monotonic()
+    monkeypatch.setattr(models.time, "monotonic", lambda: now_s)
+    for pause_s in (1, 2, 4):
+        assert bench.job()[0].op is Op.CRASH
+        bench.builder.die()
+        bench.turn()
+        assert bench.broker._work is None
+        assert bench.broker._models.due_s == now_s + pause_s
+        now_s += pause_s
+        bench.ask(Op.CONSOLE_LOG, 4)  # a turn
+    bench.job()
+    bench.answer(Done(0, RUNNING.but(domid=8, state=DomainState.SHUTDOWN, reason=3), ""))
+    assert (bench.broker._work, bench.broker._models.due_s) == (None, 0.0)
+
+
+def test_without_a_process_for_that_the_monitor_goes_on(bench, qemu, monkeypatch):
+    running(bench, qemu)
+    qemu.kill()
+    qemu.wait()
+    bench.broker._spares.end()
+
+    def no_process(*_):
+        raise XenvmError("cannot start the builder: no memory")
+
+    monkeypatch.setattr(spares, "Child", no_process)
+    bench.turn()
+    assert bench.broker._work is None
+    assert bench.broker._models.due_s > 0
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_one_that_was_started_and_has_not_been_recorded_is_ended_with_its_start(bench, qemu, read):
+    """Also when the broker has not read yet what the worker said of it."""
+    child = begun(bench)
+    bench.answer(Loaded(8))
+    said(child)
+    child.there.send(Launched(qemu.pid, up=False, tty=""))
+    if read:
+        bench.turn()
+    bench.broker._cancel("ended")
+    assert qemu.wait(5) == -9
+
+
+def test_one_that_nobody_has_recorded_is_found_by_what_it_was_started_with(bench, run_directory):
+    """Its broker was killed before its builder could note it."""
+    mine = [sys.executable, "-c", "import time; time.sleep(600)", "-xen-domid", "8", "-uuid", UUID]
+    others = [[*mine[:-1], UUID.replace("1", "2")], [*mine[:4], "80", *mine[5:]]]
+    processes = [subprocess.Popen(words) for words in (mine, *others)]
+    try:
+        until(lambda: all(b"-uuid" in command_line(one.pid) for one in processes), "they are what they are", 10)
+        bench.known(NO_DOMAIN)
+        bench.ask(Op.DESTROY, 5)
+        bench.job()
+        bench.answer(EndModel(8, ""))
+        assert said(bench.builder) == (Ready(()), 0)
+        assert processes[0].wait(5) in (-15, -9)
+        assert [one.poll() for one in processes[1:]] == [None, None]
+    finally:
+        for one in processes:
+            one.kill()
+            one.wait()
+
+
+def test_one_that_ended_before_it_could_be_watched_leaves_the_word_to_its_worker(bench):
+    child = begun(bench)
+    bench.answer(Loaded(8))
+    said(child)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    tell(bench, child, Launched(gone.pid, up=False, tty=""))
+    tell(bench, child, Failed(0, Fault(1, "device model: QEMU said no", ""), NO_DOMAIN))
+    assert said(bench.builder)[0].fault.message == "device model: QEMU said no"
 
 
 def test_another_process_of_that_number_is_left_alone(bench, qemu):

@@ -32,7 +32,8 @@ from xenvm.boundary.messages import (
 )
 from xenvm.boundary.privileges import TABLE, Role
 from xenvm.broker import core, spares, work
-from xenvm.broker.core import RESTARTS_PER_MINUTE
+from xenvm.broker.asked import REFUSALS_PER_MINUTE
+from xenvm.broker.core import MESSAGES_A_TURN, RESTARTS_PER_MINUTE
 from xenvm.broker.phases import ON_DEVICES, PERMITS, REBUILDING, RESTORING, SAVING, WITH_ARGUMENTS, VmPhase
 from xenvm.errors import ExitCode, XenvmError
 
@@ -136,9 +137,33 @@ def test_a_request_too_many_is_refused_and_not_counted(bench):
         bench.ask(Op.READ_CONFIG)
         assert "more than 30 times a minute" in bench.refused(ExitCode.FAILED)
     assert len(bench.reloaded) == PERMITS[Op.READ_CONFIG].per_minute
-    assert len(bench.broker._asked[Op.READ_CONFIG]) == PERMITS[Op.READ_CONFIG].per_minute
+    assert len(bench.broker._asked._times[Op.READ_CONFIG]) == PERMITS[Op.READ_CONFIG].per_minute
     bench.ask(Op.FIND)
     assert bench.job()[0].op is Op.FIND
+
+
+def test_refusals_are_logged_so_often_and_counted_beyond_that(bench, monkeypatch):
+    """A supervisor gone mad does not fill the log; each of its requests has its answer all the same."""
+    for _ in range(REFUSALS_PER_MINUTE + 5):
+        bench.ask(Op.PAUSE)
+        assert "not possible" in bench.refused()
+    assert len(bench.acts.of("refused")) == REFUSALS_PER_MINUTE
+    later_s = time.monotonic() + 61
+    monkeypatch.setattr(time, "monotonic", lambda: later_s)
+    bench.ask(Op.PAUSE)
+    assert bench.acts.of("refused")[-1]["missed"] == 5
+    bench.ask(Op.PAUSE)
+    assert "missed" not in bench.acts.of("refused")[-1]
+
+
+def test_who_sends_without_end_does_not_keep_the_others_waiting(bench):
+    """A turn takes so much of each, and then looks at signals and deadlines."""
+    for _ in range(MESSAGES_A_TURN + 3):
+        bench.supervisor.there.send(Ask(1, Op.PAUSE, "", 0))
+    bench.turn()
+    assert len(bench.acts.of("refused")) == MESSAGES_A_TURN
+    bench.turn()
+    assert len(bench.acts.of("refused")) == MESSAGES_A_TURN + 3
 
 
 def test_the_limit_is_for_a_minute(bench, monkeypatch):

@@ -28,8 +28,10 @@ def spawn(role: str, descriptors: Mapping[int, int], *arguments: str, new_sessio
 
     All other descriptors stay behind: Python opens each close-on-exec.
     """
-    copies = {there: fcntl.fcntl(here, fcntl.F_DUPFD_CLOEXEC, _ABOVE_TARGETS) for there, here in descriptors.items()}
+    copies: dict[int, int] = {}
     try:
+        for there, here in descriptors.items():
+            copies[there] = fcntl.fcntl(here, fcntl.F_DUPFD_CLOEXEC, _ABOVE_TARGETS)
         actions = [(os.POSIX_SPAWN_DUP2, copy, there) for there, copy in copies.items()]
         argv = command(role, *arguments)
         return os.posix_spawn(argv[0], argv, {}, file_actions=actions, setsid=new_session)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from xenvm.boundary.devices import DISKS_LIMIT, DiskGrant, Kind, NicGrant
+from xenvm.boundary.devices import DISKS_LIMIT, DiskGrant, Kind, NicGrant, is_mac
 from xenvm.broker import bridges
 from xenvm.broker.host import open_in
 from xenvm.broker.plugging import Wanted
@@ -139,6 +139,12 @@ class Book:
         for vif in wanted.vifs:
             self._nics[vif.id] = NicGrant(vif.id, vif.bridge, vif.mac)
 
+    def moved(self, vif: Vif, devices: tuple[DeviceState, ...]) -> None:
+        """Keep to which bridge a card was moved: the guest's own reboot does not move it back."""
+        for state in devices:
+            if (state.kind, state.device) == (Kind.VIF, vif.id) and is_mac(state.detail):
+                self._nics[vif.id] = NicGrant(vif.id, vif.bridge, state.detail)
+
     def removed(self, kind: Kind, device: int) -> None:
         """Forget a device that was taken away, and end what served it."""
         self._forget(kind, device)
@@ -156,8 +162,10 @@ class Book:
         return frozenset(device for kind, device in self.known if kind is Kind.VBD)
 
     def seen(self, devices: tuple[DeviceState, ...]) -> None:
-        """Learn of the image servers of a domain that an earlier monitor made, or that has just been built."""
+        """Learn which devices the domain has, all of them, and by which image servers; one without its disk ends."""
         self.known = {(state.kind, state.device) for state in devices}
+        for device in self._servers.keys() - self.disks:
+            end_server(self._servers.pop(device))
         for state in devices:
             if state.kind is Kind.VBD and state.server:
                 self._servers[state.device] = state.server

@@ -31,7 +31,8 @@ from xenvm.boundary.messages import (
     Ready,
 )
 from xenvm.boundary.privileges import Role
-from xenvm.broker import host, images, looks, strays, uevents
+from xenvm.broker import host, looks, strays, uevents
+from xenvm.broker.asked import Asked, Refusals, allow
 from xenvm.broker.book import Book
 from xenvm.broker.children import Child
 from xenvm.broker.models import Models
@@ -45,7 +46,6 @@ from xenvm.broker.phases import (
     SAVING,
     START_DEADLINE_S,
     STARTUP_OPS,
-    WITH_ARGUMENTS,
     VmPhase,
     extra_s,
 )
@@ -53,7 +53,7 @@ from xenvm.broker.requests import REQUESTS, change_of, must_wait, op_of, succeed
 from xenvm.broker.spares import Spares
 from xenvm.broker.tidying import AGAIN, clear_up, in_vain, left_nothing, once_more, what_is_left
 from xenvm.broker.uevents import Uevents
-from xenvm.broker.work import ANSWERS, Change, Work, allow, failed, forget, let_run, log_job
+from xenvm.broker.work import ANSWERS, Change, Work, failed, forget, let_run, log_job, worded
 from xenvm.context import suppress
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 
@@ -73,6 +73,7 @@ if TYPE_CHECKING:
 
 RESTARTS_PER_MINUTE: Final = 5
 WATCHER_PAUSE_S: Final = 1.0  # before it is started again, and twice as long each time: xenstored may be starting too
+MESSAGES_A_TURN: Final = 16
 LISTENER_THERE, WATCHER_THERE, SUPERVISOR_THERE = 4, 5, 4
 
 
@@ -109,7 +110,8 @@ class Broker:
         self._phase, self._domid = VmPhase.UNKNOWN, -1
         self._work: Work | None = None
         self._keeping: Making | None = None  # what a start has unpacked, on its way into the cache
-        self._asked: dict[Op, list[float]] = {op: [] for op in PERMITS}
+        self._refusals = Refusals()
+        self._asked = Asked()
         self._restarts: dict[Role, list[float]] = {Role.SUPERVISOR: [], Role.WATCHER: []}
         kind = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK
         self._events_in, self._events_out = socket.socketpair(socket.AF_UNIX, kind)
@@ -165,12 +167,16 @@ class Broker:
         if self._uevents.fileno() in ready:
             self._recheck |= self._uevents.removed()
         if not self._work and self._models.take_lost():
-            self._begin(0, Op.CRASH, PERMITS[Op.QUERY].deadline_s)
+            self._try(0, Op.CRASH, PERMITS[Op.QUERY].deadline_s)
+            if not self._work:
+                self._models.not_told()
         while self._postponed and not self._work and self._supervisor:
             message, descriptors = self._postponed.pop(0)
             self._take_all(self._supervisor, message, descriptors)
-        if self._recheck and not self._work:
-            self._settle()
+        if self._recheck and not self._work:  # the kernel may not have what the domain is known to have
+            self._recheck = False
+            if uevents.gone(self._book.known, self._domid) and self._asked.allow(Op.SETTLE):
+                self._try(0, Op.SETTLE, PERMITS[Op.SETTLE].deadline_s)
         if self._work and time.monotonic() >= self._work.end:
             self._finish()
         self._spares.expire()
@@ -181,7 +187,7 @@ class Broker:
 
     def _timeout_ms(self) -> float | None:
         due = [self._work.end] if self._work else []
-        due += [at for at in (self._watcher_due, *self._spares.due_s) if at]
+        due += [at for at in (self._watcher_due, self._models.due_s, *self._spares.due_s) if at]
         due += [self._keeping.end_s] if self._keeping and self._keeping.children else []
         return max(0.0, (min(due) - time.monotonic()) * 1000) if due else None
 
@@ -234,8 +240,13 @@ class Broker:
         self._acts.append("started", role="watcher", pid=self._watcher.pid)
 
     def _drain(self, child: Child) -> None:
-        """Take every message that has arrived from a child; a child that breaks the protocol is ended."""
-        while child.pidfd >= 0:
+        """Take what has arrived from a child, of one that lives so much that others have their turn.
+
+        A child that breaks the protocol is ended.
+        """
+        turns = 0
+        while child.pidfd >= 0 and (turns < MESSAGES_A_TURN or child.status is not None):
+            turns += 1
             try:
                 received = child.channel.receive_now()
             except BlockingIOError:
@@ -280,7 +291,7 @@ class Broker:
             work.tell(work.talk.ask(message))
         elif work and child is work.builder and isinstance(message, EndModel):
             self._models.end(message.domid, message.server)
-            child.channel.send(Ready(()))
+            work.tell(Ready(()))
         elif work and child is work.builder and isinstance(message, Done | Failed):
             work.result = message
             child.end(grace_ms=5000)
@@ -376,8 +387,7 @@ class Broker:
             else:
                 self._begin(ask.sequence, ask.op, PERMITS[ask.op].deadline_s)
         except XenvmError as error:
-            self._acts.append("refused", op=ask.op.value, why=error.message[:200])
-            self._to_supervisor(failed(ask.sequence, error, self._known()))
+            self._to_supervisor(self._refusals.answer(self._acts, ask.sequence, ask.op, error, self._known()))
 
     def _look(self, ask: Ask) -> None:
         """Look at all domains for every monitor of the host, unless another one does so or has done so since."""
@@ -400,8 +410,7 @@ class Broker:
             if self._work:
                 self._work.held[:], descriptors[:] = descriptors, []
         except XenvmError as error:
-            self._acts.append("refused", op=op.value, why=error.message[:200])
-            self._to_supervisor(failed(request.sequence, error, self._known()))
+            self._to_supervisor(self._refusals.answer(self._acts, request.sequence, op, error, self._known()))
 
     def _cancel_image(self) -> None:
         if not self._work or self._work.op not in SAVING | RESTORING:
@@ -410,12 +419,8 @@ class Broker:
         self._finish()
 
     def _permit(self, op: Op, *, plain: bool = False) -> None:
-        permit = PERMITS.get(op) if not plain or op not in WITH_ARGUMENTS else None
-        if permit is None or self._phase not in permit.phases:
-            raise XenvmError(f"{op} is not possible while the domain is {self._phase}", code=ExitCode.WRONG_STATE)
-        if not allow(self._asked[op], permit.per_minute):
-            raise XenvmError(f"{op} was asked for more than {permit.per_minute} times a minute")
-        if self._work and permit.deadline_s:
+        self._asked.permit(op, self._phase, plain=plain)
+        if self._work and PERMITS[op].deadline_s:
             if op is not Op.DESTROY:
                 raise XenvmError(f"the broker is busy with {self._work.meant}", code=ExitCode.BUSY)
             self._cancel(f"ended by {op}")
@@ -453,14 +458,11 @@ class Broker:
         grants, change = self._grants, change or Change()
         if op in REBUILDING:
             change = change.but(wanted=self._book.wanted(grants), timeout_s=grants.device_timeout_s)
-        if op is Op.START_RESTORED:
-            change = change.but(image=images.open_granted(grants.image, self._acts))
         deadline_s += extra_s(op, grants.memory_max_mib, live=change.live)
-        files = host.open_images(grants) if op in REBUILDING - RESTORING else []
         log_job(self._acts, "job", op, op is Op.RESUME, domid=self._domid)
         role = Role.HOTPLUG if op in ON_DEVICES else Role.BUILDER
         work = Work(sequence, op, self._spares.take(role), deadline_s, change)
-        work.begin(self._domid, grants, files, self._log, self._spares, self._models)
+        work.begin(self._domid, grants, self._log, self._spares, self._models, self._acts)
         self._work = work
         if op is Op.QUERY:  # a guest that has rebooted needs the next builder at once
             self._spares.make_ready(role)
@@ -482,10 +484,10 @@ class Broker:
         try:
             step(plugging)
             answer: Message | None = plugging.answer
-        except XenvmError as error:
+        except (XenvmError, OSError) as error:
             plugging.close(succeeded=False)
             work.plugging = None
-            answer = failed(0, error, NO_DOMAIN)
+            answer = failed(0, worded(error, "devices"), NO_DOMAIN)
         work.tell(answer)
 
     def _unpacked(self, work: Work, step: Callable[[Making], None]) -> None:
@@ -531,6 +533,8 @@ class Broker:
 
     def _failed(self, work: Work, message: Failed, made: Done | None) -> None:
         """Tell of a job that has failed, or of what it has `made` all the same, when all that it left is tidied up."""
+        if work.op is Op.CRASH:
+            self._models.not_told()
         answer = made or work.answer or Failed(work.sequence, message.fault, self._known())
         if work.op is Op.PLUG and work.result is None:
             self._first(work, Op.UNPLUG, answer, undone(work))
@@ -591,9 +595,3 @@ class Broker:
     def _set_phase(self, phase: VmPhase, domid: int) -> None:
         self._phase, self._domid = phase, domid
         self._uevents.follow(domid)
-
-    def _settle(self) -> None:
-        """Tidy up when the kernel has no longer what the domain is known to have: something else has removed it."""
-        self._recheck = False
-        if uevents.gone(self._book.known, self._domid) and allow(self._asked[Op.SETTLE], PERMITS[Op.SETTLE].per_minute):
-            self._begin(0, Op.SETTLE, PERMITS[Op.SETTLE].deadline_s)

@@ -15,7 +15,7 @@ import struct
 import time
 
 from xenvm.boundary.place import HERE
-from xenvm.errors import BusyError, XenvmError
+from xenvm.errors import BusyError, ExitCode, XenvmError
 
 if HERE.simulator:  # no monitor of Xen's loads it
     from xenvm.broker import simulated
@@ -59,7 +59,12 @@ def open_disk(grant: DiskGrant, handed: int = -1) -> int:
     try:
         _check(label, grant, descriptor)
         _claim(label, grant, descriptor)
-    except BaseException:
+    except OSError as error:
+        os.close(descriptor)
+        raise XenvmError(
+            f"{label}: cannot lock it: {error.strerror}", hint="does its file system have locks?"
+        ) from error
+    except XenvmError:
         os.close(descriptor)
         raise
     return descriptor
@@ -95,7 +100,10 @@ def _check(label: str, grant: DiskGrant, descriptor: int) -> None:
         raise XenvmError(f"{label} is not a block device", hint="the type of a file is file or aio")
     if not block and not stat.S_ISREG(status.st_mode):
         raise XenvmError(f"{label} is neither a block device nor a regular file")
-    if not grant.read_only and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:  # the kernel would read it for whoever may not
+        raise XenvmError(f"{label} is not open for reading", code=ExitCode.PERMISSION_REFUSED)
+    if not grant.read_only and flags & os.O_ACCMODE != os.O_RDWR:
         raise XenvmError(f"{label} is not open for writing", hint="use mode r")
     if not block and grant.type not in IMAGE_FORMATS and (status.st_size % SECTOR_BYTES or not status.st_size):
         raise XenvmError(

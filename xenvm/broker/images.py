@@ -44,8 +44,8 @@ def check_source(descriptor: int) -> None:
 
 
 def _check_file(descriptor: int) -> None:
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        raise UsageError("an image is a regular file")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode) or fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_PATH:
+        raise UsageError("an image is a regular file that is open")
 
 
 def open_granted(path: str, acts: ActLog) -> int:
@@ -134,9 +134,8 @@ class Stream(ABC):
     def close(self) -> None:
         """End it, and keep why it has failed: the builder may have seen that first. Works twice."""
         if self.child.pidfd >= 0:
-            with suppress(BlockingIOError, ProtocolError):
-                while received := self.child.channel.receive_now():
-                    self._said(received[0])
+            for message in self.child.channel.said():
+                self._said(message)
         self.child.end()
         self.close_pipe()
 
@@ -177,16 +176,19 @@ class Sink(Stream):
     def __init__(self, uuid: str, log: int, image: int, memory_max_kib: int) -> None:
         super().__init__(uuid, log, image, Pack(memory_max_kib), fed=False)
         self._next: type[Message] | None = Packing
+        self._told = False
 
     def take(self, message: Message) -> Message | None:
-        """Learn that it can begin, that the image is whole, or why not."""
-        answer = self._said(message)
-        if answer:
-            return answer
-        if self._next is None or not isinstance(message, self._next):
-            return self._failed(OUT_OF_PLACE)
-        self._next = Packed if self._next is Packing else None
-        return message
+        """Learn that it can begin, that the image is whole, or why not, which is said once."""
+        if self._told:
+            return None
+        if not self._said(message):
+            if self._next is not None and isinstance(message, self._next):
+                self._next = Packed if self._next is Packing else None
+                return message
+            self._failed(OUT_OF_PLACE)
+        self._told = True
+        return self.failure
 
     def gone(self) -> Message | None:
         """Learn that it has ended, which it may when the image is whole."""

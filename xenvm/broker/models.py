@@ -14,6 +14,7 @@ import os
 import pwd
 import select
 import stat
+import time
 
 from xenvm.boundary.machine import Drive, Launch, Launched, Model, ModelState, Tap
 from xenvm.boundary.messages import DomainState, Done, Failed, Op
@@ -21,7 +22,7 @@ from xenvm.boundary.privileges import QEMU_USER, Role
 from xenvm.broker import host
 from xenvm.broker.children import Child
 from xenvm.broker.phases import ON_DEVICES, REBUILDING
-from xenvm.broker.servers import end_server, open_server, server_text
+from xenvm.broker.servers import end_server, find_models, open_server, server_text
 from xenvm.broker.talks import state_file
 from xenvm.context import suppress
 from xenvm.errors import BusyError, ExitCode, ProtocolError, XenvmError
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 RUN_DIRECTORY: Final = "/run/xenvm"
 VNC_PORTS: Final = range(5900, 6000)  # RFC 6143: display N is port 5900 + N; as many as QEMU itself would try
 SERIAL_WAIT_MS: Final = 3000
+AGAIN_MOST_S: Final = 60.0
 DEFAULT_CARD: Final = "rtl8139"
 
 
@@ -72,6 +74,7 @@ class Models:
         """Becomes readable when it ends; -1: none is watched."""
         self.lost = False
         """It has ended, and its domain has not heard of that yet."""
+        self._again_s = self._pause_s = 0.0
 
     @property
     def server(self) -> str:
@@ -106,19 +109,39 @@ class Models:
 
     def take_lost(self) -> bool:
         """Tell once that its guest has stopped, of which Xen says no word."""
-        lost, self.lost = self.lost, False
-        return lost
+        if not self.lost or time.monotonic() < self._again_s:
+            return False
+        self.lost = False
+        return True
+
+    def not_told(self) -> None:
+        """Try that again, each time later: whoever should have stopped the guest has failed."""
+        if self.state:
+            self._pause_s = min(max(1.0, self._pause_s * 2), AGAIN_MOST_S)
+            self.lost, self._again_s = True, time.monotonic() + self._pause_s
+
+    @property
+    def due_s(self) -> float:
+        """When it is tried again (monotonic); 0: not at all."""
+        return self._again_s if self.lost else 0.0
 
     def forget(self) -> None:
         """Watch nothing any more."""
         if self.pidfd >= 0:
             os.close(self.pidfd)
         self.state, self.pidfd, self.lost = None, -1, False
+        self._again_s = self._pause_s = 0.0
 
     def end(self, domid: int, server: str) -> None:
-        """End the device model of this text, and remove its socket's name. Works twice."""
+        """End the device model of this text, and remove its sockets' names. Works twice.
+
+        Of one that nobody has recorded the text is "": whoever started it has died, and it is found by what it was
+        started with.
+        """
         self.forget()
-        end_server(server, uid_of(domid))
+        uid = uid_of(domid)
+        for text, owner in [(server, uid)] if server else find_models(self._uuid, domid, uid):
+            end_server(text, owner)
         remove_sockets(self._uuid)
 
     @property
@@ -212,7 +235,8 @@ class Launching:
         """Go on with what the worker has said; raise XenvmError when QEMU does not run."""
         if isinstance(message, Launched) and not message.up and self._pid < 0:
             self._pid = message.pid
-            self._pidfd = os.pidfd_open(message.pid)  # a child of the worker, which has not ended: this very process
+            with suppress(ProcessLookupError):  # it has ended at once, and the worker says why
+                self._pidfd = os.pidfd_open(message.pid)  # a child of the worker's: this very process
             return
         if isinstance(message, Failed):
             fault = message.fault
@@ -229,6 +253,10 @@ class Launching:
 
     def close(self, *, succeeded: bool) -> None:
         """End the worker; without success QEMU ends too, and its socket's name goes. Works twice."""
+        if self.worker:
+            with suppress(XenvmError):  # it may have started QEMU, and the broker has not read of that yet
+                for message in self.worker.channel.said() if self._pid < 0 and self.worker.pidfd >= 0 else ():
+                    self.take(message)
         if self.worker:
             self.worker.end()
             self.worker = None

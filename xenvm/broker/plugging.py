@@ -73,12 +73,20 @@ class Plugging:
         self._taps: list[int] = []
         self._grants, vifs = wanted.disks, wanted.vifs
         self._vifs = vifs
-        self._handed = {device: os.dup(descriptor) for device, descriptor in wanted.handed.items()}
-        self._network = (network or Child(Role.NETWORK, log, {}, uuid)) if vifs else None
+        self._network = network
+        self._handed: dict[int, int] = {}
         self._waiting: dict[Child, tuple[DiskGrant, Opening]] = {}
         self._opened: dict[int, int] = {}
         self._servers: dict[int, str] = {}
         self._begun = self._bridged = False
+        try:
+            for device, descriptor in wanted.handed.items():
+                self._handed[device] = os.dup(descriptor)
+            if vifs and not network:
+                self._network = Child(Role.NETWORK, log, {}, uuid)
+        except (OSError, XenvmError):
+            self.close(succeeded=False)
+            raise
 
     @property
     def children(self) -> list[Child]:
@@ -147,11 +155,12 @@ class Plugging:
 
     def take(self, child: Child, message: Message, descriptors: list[int]) -> None:
         """Go on with what a worker has answered; its descriptors are taken over. Raise XenvmError when it failed."""
-        if self._launching and child is self._launching.worker:
-            self._launching.take(message)
-            return
-        child.end(grace_ms=1000)
+        launching = self._launching if self._launching and child is self._launching.worker else None
         try:
+            if launching:
+                launching.take(message)
+                return
+            child.end(grace_ms=1000)
             if child is self._network:
                 self._network = None
                 _refuse(message)

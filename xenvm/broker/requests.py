@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from xenvm.boundary.devices import Kind, NicGrant
+from xenvm.boundary.devices import NicGrant
 from xenvm.boundary.images import Restore, Save
 from xenvm.boundary.messages import Ask, DomainState, Done, Op, Plug, Rebridge, Unplug
 from xenvm.broker import findings, host, images, looks, strays
@@ -94,6 +94,8 @@ def note(book: Book, work: Work, done: Done) -> None:
         book.added(work.change.wanted)
     elif work.op is Op.UNPLUG and work.change.gone:
         book.removed(*work.change.gone)
+    elif work.op is Op.REBRIDGE:
+        book.moved(work.change.wanted.vifs[0], done.devices)
     if work.op in REBUILDING | ON_DEVICES | {Op.FIND}:
         book.seen(done.devices)
     if work.op in REBUILDING | {Op.SAVE, Op.CHECKPOINT, Op.RESUME}:
@@ -121,5 +123,4 @@ def told(work: Work, done: Done, known: Domain, uuid: str, book: Book) -> Done:
 def undone(work: Work) -> Change:
     """Return the change that takes back a device whose hotplug worker died over it."""
     wanted = work.change.wanted
-    place = (Kind.VBD, wanted.disks[0].device) if wanted.disks else (Kind.VIF, wanted.vifs[0].id)
-    return Change(gone=place, force=True, timeout_s=1)
+    return Change(gone=wanted.place, force=True, timeout_s=1)

@@ -55,6 +55,35 @@ def _read(name: str, directory: int) -> bytes:
         os.close(descriptor)
 
 
+def find_models(uuid: str, domid: int, uid: int) -> list[tuple[str, int]]:
+    """Return text and user of each QEMU that was started for this domain of a VM.
+
+    Its user is `uid`, or still root. What a process of anybody else says of itself is not looked at.
+    """
+    marks = (b"\0-xen-domid\0%d\0" % domid, b"\0-uuid\0%s\0" % uuid.encode("ascii"))
+    found = []
+    for name in os.listdir("/proc"):  # noqa: PTH208 - pathlib costs 5 ms at each start
+        for owner in (uid, 0) if name.isdigit() else ():
+            text = server_text(int(name), owner)
+            if text and all(mark in command_line(int(name)) for mark in marks):
+                found.append((text, owner))
+    return found
+
+
+def command_line(pid: int) -> bytes:
+    """Return the beginning of a process's command line, b"" when there is none such."""
+    try:
+        directory = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return b""
+    try:
+        return _read("cmdline", directory)
+    except OSError:
+        return b""
+    finally:
+        os.close(directory)
+
+
 def open_server(text: str, uid: int) -> int:
     """Return a pidfd of the server of this text, -1 when it is no longer that process."""
     if not text:

@@ -7,6 +7,7 @@ import _signal as signal  # `signal` itself builds enumerations at each start
 import _socket as socket  # `socket` itself builds enumerations at each start
 import os
 import sys
+import time
 
 from xenvm import jsontext
 from xenvm.boundary.frames import Channel
@@ -93,8 +94,9 @@ def serve(
         acts.append("sealed", grants=grants.as_body())
 
         def reload_config() -> tuple[Grants, Policy, dict[str, str]]:
-            descriptors = {CONFIG: _open_config(config_file), HOST_POLICY: policyfile.open_host_policy()}
+            descriptors = {CONFIG: _open_config(config_file)}
             try:
+                descriptors[HOST_POLICY] = policyfile.open_host_policy()
                 parser = Child(Role.PARSER, 2, descriptors, config_file)
             finally:
                 for descriptor in descriptors.values():
@@ -147,8 +149,11 @@ def _parsed(parser: Child, config_file: str) -> Parsed:
     Missing files count as errors.
     """
     try:
-        while (received := parser.channel.receive(deadline_s=PARSE_WAIT_S)) is not None:
+        end = time.monotonic() + PARSE_WAIT_S
+        while (received := parser.channel.receive(deadline_s=max(0.0, end - time.monotonic()))) is not None:
             parsed = received[0]
+            for descriptor in received[1]:  # none belongs there
+                os.close(descriptor)
             if isinstance(parsed, Parsed):
                 break
         else:

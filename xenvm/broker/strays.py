@@ -14,7 +14,7 @@ from xenvm.boundary.place import HERE
 from xenvm.boundary.privileges import Role
 from xenvm.boundary.workers import Release
 from xenvm.broker.children import Child
-from xenvm.broker.servers import end_server, server_text, server_uid
+from xenvm.broker.servers import command_line, end_server, server_text, server_uid
 from xenvm.broker.work import ask_once
 from xenvm.errors import XenvmError
 from xenvm.record import Record
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from xenvm.broker.book import Book
 
 RELEASE_WAIT_S: Final = 30.0
-COMMAND_BYTES: Final = 4096
 BLOCK_DEVICES: Final = f"{HERE.sysfs}/block"
 
 
@@ -94,23 +93,19 @@ def _servers(uuid: str) -> list[str]:
     found, uid = [], server_uid()
     for name in os.listdir("/proc"):  # noqa: PTH208
         text = server_text(int(name), uid) if name.isdigit() else ""
-        if text and mark in _read(f"/proc/{name}/cmdline", COMMAND_BYTES):
+        if text and mark in command_line(int(name)):
             found.append(text)
     return sorted(found)
 
 
 def _line(path: str) -> str:
-    return _read(path, 256).decode("ascii", "replace").strip()
-
-
-def _read(path: str, limit_bytes: int) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return b""
+        return ""
     try:
-        return os.read(descriptor, limit_bytes)
+        return os.read(descriptor, 256).decode("ascii", "replace").strip()
     except OSError:
-        return b""
+        return ""
     finally:
         os.close(descriptor)

@@ -11,16 +11,17 @@ from xenvm.boundary.images import Image, Packed, Packing
 from xenvm.boundary.machine import EndModel, Granted, Wished
 from xenvm.boundary.messages import Done, Failed, Fault, Job, Op, Ready
 from xenvm.boundary.privileges import Role
+from xenvm.broker import host
 from xenvm.broker.children import Child
 from xenvm.broker.firmware import Firmware
-from xenvm.broker.images import Feed, Sink, identity
+from xenvm.broker.images import Feed, Sink, identity, open_granted
 from xenvm.broker.kernels import Kernel
 from xenvm.broker.models import Launching
-from xenvm.broker.phases import LEAVES_SUSPENDED, PERMITS, RESTORING, SAVING
+from xenvm.broker.phases import LEAVES_SUSPENDED, PERMITS, REBUILDING, RESTORING, SAVING
 from xenvm.broker.plugging import Plugging, Wanted
 from xenvm.broker.talks import Talk
 from xenvm.context import suppress
-from xenvm.errors import ExitCode, ProtocolError, XenvmError
+from xenvm.errors import ExitCode, ProtocolError, TimeoutExpiredError, XenvmError
 from xenvm.imageplace import Target
 from xenvm.record import Record
 
@@ -117,14 +118,18 @@ class Work:
         self.place: Target | None = None
         """Where the broker itself is to give a new image its name."""
 
-    def begin(self, domid: int, grants: Grants, images: list[int], log: int, spares: Spares, models: Models) -> None:
-        """Take over the images, kernel first, and give the helper its job when they are ready.
+    def begin(self, domid: int, grants: Grants, log: int, spares: Spares, models: Models, acts: ActLog) -> None:
+        """Open the images that the job needs, kernel first, and give the helper its job when they are ready.
 
         Raise XenvmError when that cannot be begun; nothing of it is left then.
         """
         self.domid, wanted = domid, self.change.wanted
         launching: Launching | None = None
         try:
+            images = host.open_images(grants) if self.op in REBUILDING - RESTORING else []
+            if self.op is Op.START_RESTORED:
+                self.change = self.change.but(image=open_granted(grants.image, acts))
+                self.held += [self.change.image] if self.change.image >= 0 else []  # all others come with a request
             if self.change.path:
                 self.place = Target(self.op, self.change.path)
                 self.change = self.change.but(image=self.place.file)
@@ -140,7 +145,6 @@ class Work:
                 network = spares.take(Role.NETWORK) if wanted.vifs else None
                 self.plugging = Plugging(grants.uuid, log, wanted, self.change.timeout_s, network, launching)
             if restores:
-                self.held[:] = [self.change.image] if self.op is Op.START_RESTORED else []  # else it is the request's
                 state = launching.incoming if launching else -1
                 self.feed = Feed(grants.uuid, log, self.change.image, grants.memory_max_mib << 10, state)
             if models.state and self.op in LEAVES_SUSPENDED:
@@ -154,9 +158,7 @@ class Work:
                 launching.close(succeeded=False)
             self.stop()
             self.close()
-            if isinstance(error, OSError):
-                raise XenvmError(f"{self.op}: cannot be begun: {error.strerror or error}") from error
-            raise
+            raise worded(error, f"{self.op}: cannot be begun") from error
 
     @property
     def children(self) -> list[Child]:
@@ -206,7 +208,7 @@ class Work:
     def tell(self, answer: Message | None) -> None:
         """Answer its helper in the middle of the work."""
         if answer:
-            with suppress(ProtocolError):  # it has ended: its end is dealt with as such
+            with suppress(ProtocolError, TimeoutExpiredError):  # its end, or that of its time, is dealt with as such
                 self.builder.channel.send(answer)
 
     @property
@@ -318,19 +320,15 @@ def failed(sequence: int, error: XenvmError, domain: Domain) -> Failed:
     return Failed(sequence, Fault(int(error.code) or 1, error.message[:4000], error.hint[:1000]), domain)
 
 
+def worded(error: Exception, what: str) -> XenvmError:
+    """Return an error in words; of the kernel's, say `what` it was about."""
+    if isinstance(error, XenvmError):
+        return error
+    return XenvmError(f"{what}: {(error.strerror if isinstance(error, OSError) else '') or error}")
+
+
 def forget(postponed: list[tuple[Message, list[int]]]) -> None:
     """Drop requests whose supervisor is gone: to the next one their numbers mean something else."""
     while postponed:
         for descriptor in postponed.pop(0)[1]:
             os.close(descriptor)
-
-
-def allow(times: list[float], per_minute: int) -> bool:
-    """Tell whether the last minute had fewer than `per_minute` events, and count one more then."""
-    now = time.monotonic()
-    while times and times[0] < now - 60:
-        times.pop(0)
-    if len(times) >= per_minute:
-        return False
-    times.append(now)
-    return True

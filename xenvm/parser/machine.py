@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from xenvm.boundary.machine import EMULATED_NICS, Machine, NicModel, Setting
 from xenvm.boundary.messages import ConfigIssue
-from xenvm.model import DisplayKind, SerialKind, disk_slot
+from xenvm.model import DiskType, DisplayKind, SerialKind, disk_slot
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -107,6 +107,8 @@ def _disk(disk: DiskSpec) -> str:
     slot = disk_slot(disk.device_number)
     if disk.cdrom and not disk.virtpath.startswith("hd"):
         return "the CD drives of an HVM guest are hda to hdd"
+    if disk.cdrom and (disk.crypt or disk.type in (DiskType.QCOW, DiskType.VHD)):
+        return "a disc in a CD drive of an HVM guest is a file or device as it is: phy, file or aio, not encrypted"
     if not disk.virtpath.startswith(("hd", "sd")):
         return ""
     if slot is None or slot.partition:

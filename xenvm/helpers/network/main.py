@@ -46,6 +46,9 @@ def main() -> int:
             _join(route, f"vif{message.domid}.{vif.id}-emu", vif, end, message.timeout_s)
         for vif in message.vifs:
             _join(route, f"vif{message.domid}.{vif.id}", vif, end, message.timeout_s)
+        for vif in message.vifs[len(taps) :]:  # a card that moves may have an emulated one, which goes along
+            if link.find(route, f"vif{message.domid}.{vif.id}-emu"):
+                _join(route, f"vif{message.domid}.{vif.id}-emu", vif, end, message.timeout_s)
         channel.send(Done(0, NO_DOMAIN, ""))
     except XenvmError as error:
         channel.send(Failed(0, Fault(int(error.code), error.message[:4000], error.hint[:1000]), NO_DOMAIN))
