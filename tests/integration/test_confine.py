@@ -257,6 +257,33 @@ def test_every_listed_call_reaches_the_kernel(role):
     assert [name for name, result in results.items() if result == -errno.EPERM] == []
 
 
+def test_what_becomes_a_device_model_has_threads_and_neither_children_nor_networks():
+    """It needs a unix socket, of xenstored; what it was handed of others it can use."""
+    code, (refused, made), err = run(
+        """
+        from xenvm.boundary.confine import forbid_children_and_networks
+        handed = socket.socket(socket.AF_INET)
+        enter(TABLE[Role.BROKER], keep=frozenset({handed.fileno()}))
+        forbid_children_and_networks()
+        families = {name: int(value) for name, value in vars(socket).items() if name.startswith("AF_")}
+        refused = {name: call("socket", family, socket.SOCK_STREAM, 0) for name, family in families.items()}
+        refused |= {"fork": call("fork"), "vfork": call("vfork"), "clone3": call("clone3", 0, 0)}
+        refused["clone"] = call("clone", signal.SIGCHLD, 0, 0, 0, 0)
+        say(refused)
+        socket.socket(socket.AF_UNIX).close()
+        handed.listen()
+        thread = threading.Thread(target=lambda: say("a thread"))
+        thread.start()
+        thread.join()
+        """
+    )
+    assert (code, err, made) == (0, "", "a thread")
+    assert refused.pop("AF_UNIX") > 0
+    assert refused.pop("clone3") == -errno.ENOSYS
+    assert {"AF_INET", "AF_INET6", "AF_NETLINK", "AF_PACKET", "AF_VSOCK", "fork", "clone"} < refused.keys()
+    assert set(refused.values()) == {-errno.EPERM}
+
+
 def test_every_call_of_the_kill_list_ends_a_child_of_the_broker():
     # The broker's filter is inherited, so its forked children stand for all processes of the monitor.
     code, [ends], err = run(

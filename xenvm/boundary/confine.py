@@ -8,6 +8,7 @@ Capabilities, Landlock and parent-death signals belong to a thread; confine() re
 from __future__ import annotations
 
 import _signal as signal  # `signal` itself builds enumerations at each start
+import _socket as socket  # `socket` itself builds enumerations at each start
 import errno
 import os
 import resource
@@ -33,7 +34,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
-__all__ = ["ConfineError", "Proof", "confine", "direct_open_listener", "filter_program", "forbid_children"]
+__all__ = ["ConfineError", "Proof", "confine", "direct_open_listener", "filter_program", "forbid_children_and_networks"]
 
 _LAST_DESCRIPTOR: Final = 0xFFFFFFFF  # close_range(2): the largest unsigned int
 _HIGHEST_CAPABILITY: Final = 63  # the sets are 64 bits wide
@@ -153,8 +154,11 @@ def direct_open_listener() -> int:
     return _checked("seccomp listener", result)
 
 
-def forbid_children() -> None:
-    """Let this process and what it becomes make threads, but no further process. It must hold no_new_privs."""
+def forbid_children_and_networks() -> None:
+    """Let this process and what it becomes make threads, but no further process, and no socket but those of files.
+
+    What it has been handed it can use. It must hold no_new_privs, and a filter that lets no foreign numbers through.
+    """
     program: list[Instruction] = [
         _load(lib.OFFSET_NR),
         (_EQUAL, 0, 1, _number("fork")),
@@ -171,6 +175,10 @@ def forbid_children() -> None:
         (_EQUAL, 0, 3, _number("clone")),
         _load(lib.OFFSET_ARGS),
         (_ANY_BIT, 1, 0, CLONE_THREAD),
+        _REFUSE,
+        (_EQUAL, 0, 3, _number("socket")),
+        _load(lib.OFFSET_ARGS),
+        (_EQUAL, 1, 0, socket.AF_UNIX),  # that of xenstored
         _REFUSE,
         _ALLOW,
     ]

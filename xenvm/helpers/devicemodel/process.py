@@ -14,7 +14,7 @@ import os
 import select
 import time
 
-from xenvm.boundary.confine import forbid_children
+from xenvm.boundary.confine import forbid_children_and_networks
 from xenvm.boundary.machine import is_tty
 from xenvm.boundary.qmp import Conversation, QmpError
 from xenvm.boundary.spawn import signal_name
@@ -151,7 +151,7 @@ def _become(command: list[str], log: int, sources: dict[int, int]) -> None:
         os.dup2(log, 2)
         for there, copy in copies.items():
             os.dup2(copy, there)
-        forbid_children()
+        forbid_children_and_networks()
         os.execve(command[0], command, {"XEN_DOMAIN_ID": command[2]})  # noqa: S606 - no shell is wanted
     except BaseException as error:  # noqa: BLE001 - there is nobody to raise it to; the log has it
         os.write(2, f"cannot become QEMU: {error}\n".encode("ascii", "replace"))
