@@ -18,7 +18,7 @@ from vms import run, until
 from xenvm.cli.client import Monitor
 
 PATIENCE_S = 60.0
-LOAD_S = 400.0  # how long firmware and loader may take to read a kernel, word by word out of an emulated IDE drive
+LOAD_S = 900.0  # how long firmware and loader may take to read a kernel, word by word out of an emulated IDE drive
 QEMU = "xen-qemu-system-i386"
 
 
