@@ -226,18 +226,18 @@ def test_linux_with_pv_drivers(hvm, tmp_path, folder, image, bridge):
     serial = Serial(guest)
     serial.up(LOAD_S)
     serial.shell("ip link set eth0 up && ip address add 10.77.0.2/24 dev eth0 && ping -c 1 10.77.0.1")
-    serial.shell("echo before >/tmp/kept; echo onto-the-disk | dd of=/dev/xvda conv=fsync")
+    serial.shell("echo before >/kept && echo onto-the-disk | dd of=/dev/xvda conv=fsync")
     file = folder / "linux.img"
     live = told(guest, "checkpoint", str(file), "live=true")
     print(f"Linux stood still for {live['still_ms']} ms after {live['rounds']} rounds")
     verify(file)
-    assert serial.shell("cat /tmp/kept") == "before"
+    assert serial.shell("cat /kept") == "before"
     guest.cmd("suspend", str(file))
     verify(file)
     guest.cmd("restore", str(file))
     serial = Serial(guest)
     until(lambda: "tick" in serial.text, "the guest ticks", 120)
-    assert serial.shell("cat /tmp/kept", 120) == "before"
+    assert serial.shell("cat /kept", 120) == "before"
     assert serial.shell("echo $(head -c 13 /dev/xvda)", 120) == "onto-the-disk"
     serial.shell("ping -c 3 10.77.0.1", 120)
     ahead_s = int(serial.shell("date +%s")) - time.time()
