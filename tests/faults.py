@@ -53,7 +53,7 @@ class Table:
     """The results, printed as they come."""
 
     def __init__(self, pairs):
-        self.pairs, self.runs, self.failed, self.longest_s = pairs, 0, [], 0.0
+        self.pairs, self.runs, self.failed, self.took = pairs, 0, [], []
 
     def head(self):
         print(
@@ -67,7 +67,7 @@ class Table:
     def cell(self, case):
         try:
             letter, seconds = case.run()
-            self.longest_s = max(self.longest_s, seconds)
+            self.took.append((seconds, str(case)))
             self.runs += letter != "-"
         except Exception as error:
             letter = "F"
@@ -80,7 +80,9 @@ class Table:
         print(f"{letter:>2s}", end=" ", flush=True)
 
     def end(self):
-        print(f"\n{self.runs} runs, {len(self.failed)} faults; well again after {self.longest_s:.1f} s at the latest")
+        self.took.sort(reverse=True)
+        longest = "; ".join(f"{case}: {seconds:.1f} s" for seconds, case in self.took[:5])
+        print(f"\n{self.runs} runs, {len(self.failed)} faults; what took longest to be well again: {longest}")
         for name, why, trace in self.failed:
             print(f"\nFAULT {name}: {why}\n{trace}")
         return 1 if self.failed else 0
