@@ -170,7 +170,6 @@ ffibuilder.cdef(
     };
     struct xc_dom_image *xc_dom_allocate(xc_interface *xch, const char *cmdline, const char *features);
     void xc_dom_release(struct xc_dom_image *dom);
-    int xc_dom_kernel_max_size(struct xc_dom_image *dom, size_t sz);
     int xc_dom_module_max_size(struct xc_dom_image *dom, size_t sz);
     int xc_dom_kernel_mem(struct xc_dom_image *dom, const void *mem, size_t memsize);
     int xc_dom_module_mem(struct xc_dom_image *dom, const void *mem, size_t memsize, const char *cmdline);

@@ -35,13 +35,18 @@ def zstd(data):
     return subprocess.run(["zstd", "-qc"], input=data, capture_output=True, check=True).stdout
 
 
-def bz_image(payload, *, version=0x020F, claim=None):
+def bz_image(payload, *, version=0x020F, claim=None, sectors=1):
     header = bytearray(0x400)
-    header[0x1F1] = 1
+    header[0x1F1] = sectors
     header[0x202:0x206] = b"HdrS"
     struct.pack_into("<H", header, 0x206, version)
-    struct.pack_into("<II", header, 0x248, 16, len(payload) if claim is None else claim)
+    struct.pack_into("<II", header, 0x248, 1040 - 512 * (sectors + 1), len(payload) if claim is None else claim)
     return bytes(header) + bytes(16) + payload + b"what follows"
+
+
+def lzma_alone(data, **options):
+    filters = [{"id": lzma.FILTER_LZMA1, "preset": 6, **options}]
+    return lzma.compress(data, lzma.FORMAT_ALONE, filters=filters)
 
 
 def sized(packed, size=SIZE):
@@ -132,7 +137,11 @@ def kept(kernel):
     [
         pytest.param(lambda: bz_image(gzip.compress(INNER)), id="gzip"),
         pytest.param(lambda: bz_image(sized(lzma.compress(INNER))), id="xz"),
-        pytest.param(lambda: bz_image(sized(lzma.compress(INNER, lzma.FORMAT_ALONE))), id="lzma"),
+        pytest.param(lambda: bz_image(sized(lzma_alone(INNER))), id="lzma"),
+        pytest.param(lambda: bz_image(sized(lzma_alone(INNER, dict_size=4096))), id="lzma of another window"),
+        pytest.param(
+            lambda: bz_image(gzip.compress(INNER), sectors=0), id="no sectors: that is where libxenguest looks"
+        ),
         pytest.param(lambda: bz_image(sized(bz2.compress(INNER))), id="bzip2"),
         pytest.param(lambda: bz_image(sized(zstd(INNER))), id="zstd"),
         pytest.param(lambda: gzip.compress(INNER), id="a file packed by gzip"),
@@ -153,15 +162,38 @@ def test_each_compression(place, tmp_path, image):
     kernel.close()
 
 
-@pytest.mark.parametrize(
-    "image", [INNER, b"no kernel", bz_image(b"\x02\x21\x4c\x18 lz4"), bz_image(gzip.compress(INNER), version=0x0207)]
-)
-def test_what_is_handed_over_as_it_is(place, tmp_path, image):
+@pytest.mark.parametrize("image", [INNER, b"no kernel"])
+def test_what_is_not_packed_is_handed_over_as_it_is(place, tmp_path, image):
     kernel, workers = made(write(tmp_path, image))
     assert content(kernel) == image
     assert workers == (image != INNER)
     assert not kernel.keep()
     kernel.close()
+    assert [*place.iterdir()] == []
+
+
+TWICE = "is no plain ELF file"
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        pytest.param(lambda: gzip.compress(gzip.compress(INNER)), TWICE, id="gzip twice"),
+        pytest.param(lambda: gzip.compress(bz_image(sized(lzma.compress(INNER)))), TWICE, id="a bzImage in gzip"),
+        pytest.param(lambda: bz_image(sized(lzma.compress(bz_image(gzip.compress(INNER))))), TWICE, id="in a bzImage"),
+        pytest.param(lambda: bz_image(sized(zstd(b"no kernel"), 9)), TWICE, id="something else"),
+        pytest.param(lambda: gzip.compress(INNER[:0x202] + b"HdrS" + INNER), TWICE, id="ELF and bzImage at once"),
+        pytest.param(lambda: bz_image(b"\x02\x21\x4c\x18 lz4"), "packed by lz4, which is not unpacked", id="lz4"),
+        pytest.param(lambda: bz_image(b"\x89LZO\0\r\n\x1a\n"), "packed by lzo, which is not unpacked", id="lzo"),
+        pytest.param(lambda: bz_image(b"something"), "packed in an unknown way", id="unknown"),
+        pytest.param(lambda: bz_image(gzip.compress(INNER), version=0x0207), "2.7 of the boot protocol", id="old"),
+    ],
+)
+def test_what_libxenguest_would_unpack_never_gets_there(place, tmp_path, image, words):
+    """It would do so beside the hypervisor."""
+    with pytest.raises(XenvmError, match=words) as caught:
+        made(write(tmp_path, image()))
+    assert caught.value.message.startswith("kernel: ")
     assert [*place.iterdir()] == []
 
 

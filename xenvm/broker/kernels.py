@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The kernel of a job on its way to the builder: unpacked by a process without privilege, once, and kept for later.
 
+What is not packed is handed over as it is; the builder takes ELF files only.
+
 A cache entry is a file of root in DIRECTORY, named by three words: which compressed file it was made of (device, inode,
 size and both times of it, hashed), the SHA-256 of what is in it, and the boot of the host in which that was last
 compared. Two kernels are the same when these numbers are the same: changing a file changes its ctime, which nobody can

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+from xenvm.helpers.builder import files
 from xenvm.helpers.builder.hypervisor import HypervisorError, Rings
-from xenvm.helpers.builder.pv import map_image
 from xenvm.helpers.builder.xen import ffi, lib
 
 TYPE_CHECKING = False
@@ -23,6 +23,9 @@ VCPU_POOL_PAGES: Final = 256
 # What Xen's own tools switch on for Windows: xen/hvm/params.h, base_freq, time_ref_count, apic_assist, crash_ctl,
 # no_vp_limit, cpu_hotplug
 VIRIDIAN_FEATURES: Final = 0x1865
+LOADER_HINT: Final = (
+    "`kernel` of an HVM guest is a firmware loader in hvmloader's place; leave it out to boot from disk"
+)
 
 
 def paging_bytes(vcpus: int, memory_mib: int) -> int:
@@ -64,8 +67,10 @@ def load(
     `memory_mib` is what the builder allocates: the guest's memory without that of the graphics card. `tables` are those
     of the host that the guest may see: smbios, acpi.
     """
-    images = [map_image(loader, "firmware loader"), map_image(bios, "BIOS")]
-    seen = {name: map_image(table, f"tables of {name}") for name, table in tables.items()}
+    firmware = files.mapped(loader, "firmware loader")
+    files.check_elf(firmware, "firmware loader", LOADER_HINT)
+    images = [ffi.from_buffer(firmware), ffi.from_buffer(files.mapped(bios, "BIOS"))]
+    seen = {name: ffi.from_buffer(files.mapped(table, f"tables of {name}")) for name, table in tables.items()}
     lib.xenvm_clear_error()
     dom = lib.xc_dom_allocate(xen.handle, ffi.NULL, ffi.NULL)
     if dom == ffi.NULL:
@@ -106,10 +111,7 @@ def _build(
     dom.system_firmware_module.length = len(bios)
     step(lib.xc_dom_boot_xen_init(dom, xen.handle, domid), "reading the hypervisor's abilities")
     if lib.xc_dom_parse_image(dom) < 0:
-        raise HypervisorError(
-            f"reading the firmware loader: {xen.reason(ffi.errno)}",
-            hint="`kernel` of an HVM guest is a firmware loader in hvmloader's place; leave it out to boot from disk",
-        )
+        raise HypervisorError(f"reading the firmware loader: {xen.reason(ffi.errno)}", hint=LOADER_HINT)
     step(lib.xc_dom_mem_init(dom, memory_mib), "laying out the memory")
     step(lib.xc_dom_boot_mem_init(dom), f"allocating {memory_mib} MiB of memory")
     step(lib.xenvm_hvm_memory_map(xen.handle, domid, dom), "setting the memory map")

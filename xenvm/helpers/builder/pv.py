@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import mmap
-import os
-
+from xenvm.helpers.builder import files
 from xenvm.helpers.builder.hypervisor import HypervisorError, Rings
 from xenvm.helpers.builder.xen import ffi, lib
 
@@ -16,7 +14,8 @@ if TYPE_CHECKING:
     from xenvm.helpers.builder.hypervisor import Channels
     from xenvm.helpers.builder.xen import Hypervisor
 
-IMAGE_LIMIT_BYTES: Final = 1 << 30  # also libxenguest's own default for what a kernel may unpack to
+RAW_INITRDS: Final = 4 << 16 | 20
+"""Xen's release since which libxenguest unpacks no initrd (as XENVM_BUILT_FOR says it)."""
 
 
 def load(
@@ -31,9 +30,13 @@ def load(
     channels: Channels,
 ) -> Rings:
     """Build the guest in `domid` from the descriptors `kernel` and `initrd`; raise HypervisorError with the reason."""
-    images = [map_image(kernel, "kernel")]
+    mapped = [files.mapped(kernel, "kernel")]
+    files.check_elf(mapped[0], "kernel", "it must be a Linux kernel, packed or not, or another one that Xen can start")
     if initrd is not None:
-        images.append(map_image(initrd, "initrd"))
+        mapped.append(files.mapped(initrd, "initrd"))
+        if lib.XENVM_BUILT_FOR < RAW_INITRDS:
+            files.check_initrd(mapped[1])
+    images = [ffi.from_buffer(one) for one in mapped]
     lib.xenvm_clear_error()
     dom = lib.xc_dom_allocate(xen.handle, cmdline.encode("utf-8"), ffi.NULL)
     if dom == ffi.NULL:
@@ -51,10 +54,9 @@ def _build(
         xen.check(result, what)
 
     dom.container_type = lib.XC_DOM_PV_CONTAINER
-    step(lib.xc_dom_kernel_max_size(dom, IMAGE_LIMIT_BYTES), "limiting the kernel size")
-    step(lib.xc_dom_module_max_size(dom, IMAGE_LIMIT_BYTES), "limiting the initrd size")
     step(lib.xc_dom_kernel_mem(dom, images[0], len(images[0])), "reading the kernel")
-    for image in images[1:]:
+    for image in images[1:]:  # no larger than it is: so it stays packed, and the guest unpacks it
+        step(lib.xc_dom_module_max_size(dom, len(image)), "limiting the initrd size")
         step(lib.xc_dom_module_mem(dom, image, len(image), ffi.NULL), "reading the initrd")
     dom.flags = 0
     dom.console_evtchn = channels.console_port
@@ -79,11 +81,3 @@ def _build(
     step(lib.xc_dom_boot_image(dom), "preparing the first vcpu")
     step(lib.xc_dom_gnttab_init(dom), "preparing the grant table")
     return Rings(store_frame=lib.xc_dom_p2m(dom, dom.xenstore_pfn), console_frame=lib.xc_dom_p2m(dom, dom.console_pfn))
-
-
-def map_image(descriptor: int, what: str) -> Any:
-    """Map a file for reading; cffi keeps the mapping alive with the buffer."""
-    size = os.fstat(descriptor).st_size
-    if not 0 < size <= IMAGE_LIMIT_BYTES:
-        raise HypervisorError(f"the {what} has {size} bytes", hint=f"from 1 to {IMAGE_LIMIT_BYTES} are accepted")
-    return ffi.from_buffer(mmap.mmap(descriptor, size, mmap.MAP_PRIVATE, mmap.PROT_READ))

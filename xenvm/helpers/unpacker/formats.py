@@ -2,7 +2,8 @@
 """Compressed kernel images: found in a bzImage or a gzip file, and decompressed from one descriptor to another.
 
 Whatever is in an image, the process that runs this has nothing to lose but these two descriptors. Places and meaning of
-the fields: Linux Documentation/arch/x86/boot.rst (setup_sects, header, version, payload_offset, payload_length).
+the fields: Linux Documentation/arch/x86/boot.rst (setup_sects, header, version, payload_offset, payload_length). Which
+part of an image is the kernel is read as libxenguest does (xg_dom_bzimageloader.c).
 """
 
 from __future__ import annotations
@@ -28,26 +29,30 @@ MEMORY_LIMIT_BYTES: Final = 256 << 20  # for the dictionary of an xz stream
 HEADER_BYTES: Final = 0x250
 SIZE_BYTES: Final = 4  # the unpacked size, which the kernel's build appends to every payload but gzip's own trailer
 VERSION_WITH_PAYLOAD: Final = 0x0208
+ELF: Final = b"\x7fELF"
+MAGIC_AT: Final = 0x202
+MAGIC: Final = b"HdrS"
+LEFT_PACKED: Final = {b"\x02\x21": "lz4", b"\x89LZO": "lzo"}
 
 
 def payload(image: memoryview) -> memoryview | None:
     """Return the compressed kernel in a bzImage; None when this is none, XenvmError when its numbers make no sense."""
-    if len(image) < HEADER_BYTES or bytes(image[0x202:0x206]) != b"HdrS":
+    if len(image) < HEADER_BYTES or bytes(image[MAGIC_AT : MAGIC_AT + len(MAGIC)]) != MAGIC:
         return None
     (version,) = struct.unpack_from("<H", image, 0x206)
     if version < VERSION_WITH_PAYLOAD:
-        return None
+        raise XenvmError(f"the kernel has version {version >> 8}.{version & 255} of the boot protocol, Xen needs 2.8")
     start, length = struct.unpack_from("<II", image, 0x248)
-    start += ((image[0x1F1] or 4) + 1) * 512
+    start += (image[0x1F1] + 1) * 512
     if length < 2 * SIZE_BYTES or start + length > len(image):
         raise XenvmError("the image ends before its payload does", hint="is the file whole?")
     return image[start : start + length]
 
 
 def unpack(source: int, output: int) -> int:
-    """Write the kernel in `source` to `output` and return its size; 0 when it is not compressed in a known way.
+    """Write the ELF file in `source` to `output` and return its size; 0 when `source` is nothing that is compressed.
 
-    Raise XenvmError for one that is damaged or too large.
+    Raise XenvmError for one that is damaged or too large, compressed in another way, or not an ELF file inside.
     """
     size = os.fstat(source).st_size
     if not 0 < size <= IMAGE_LIMIT_BYTES:
@@ -56,18 +61,37 @@ def unpack(source: int, output: int) -> int:
     inner = payload(image)
     packed = image if inner is None else inner
     kind = next((magic for magic in _UNPACKERS if bytes(packed[: len(magic)]) == magic), b"")
-    if not kind or (inner is None and kind != GZIP):  # of whole files libxenguest knows gzip alone
+    if inner is None and kind != GZIP:  # of whole files libxenguest knows gzip alone
         return 0
+    if not kind:
+        raise _unknown(packed)
     announced = 0
     if kind != GZIP:
         (announced,) = struct.unpack("<I", packed[-SIZE_BYTES:])
         packed = packed[:-SIZE_BYTES]
     try:
-        return _UNPACKERS[kind](packed, announced, output)
+        unpacked_bytes = _UNPACKERS[kind](packed, announced, output)
+        head = os.pread(output, MAGIC_AT + len(MAGIC), 0)
     except (lzma.LZMAError, zlib.error, ValueError, EOFError) as error:
         raise XenvmError(f"the image is damaged: {error}") from error
     except OSError as error:
         raise XenvmError(f"the unpacked image cannot be written: {error.strerror or error}") from error
+    if not head.startswith(ELF) or head[MAGIC_AT:] == MAGIC:
+        raise XenvmError("what is packed in the image is no plain ELF file", hint="a kernel is packed once")
+    return unpacked_bytes
+
+
+def _unknown(packed: memoryview) -> XenvmError:
+    how = next((name for magic, name in LEFT_PACKED.items() if bytes(packed[: len(magic)]) == magic), "")
+    if bytes(packed[: len(ZSTD)]) == ZSTD:
+        return XenvmError("the kernel is packed by zstd, which this host cannot unpack", hint="apt install libzstd1")
+    return XenvmError(
+        f"the kernel is packed by {how}, which is not unpacked here"
+        if how
+        else "the kernel is packed in an unknown way",
+        hint="name one that is packed by gzip, xz, lzma, bzip2 or zstd, as Debian's are, or one that is not packed: "
+        "scripts/extract-vmlinux of Linux gets it out",
+    )
 
 
 def _write(pieces: Iterator[bytes], output: int) -> int:
@@ -131,17 +155,18 @@ def _unzstd(packed: memoryview, announced: int, output: int) -> int:
 
 
 GZIP: Final = b"\x1f\x8b"
-# The first bytes, by which libxenguest tells them apart too; lz4 and lzo are left to it.
+ZSTD: Final = b"\x28\xb5\x2f\xfd"
+# The first bytes, by which libxenguest tells them apart too.
 _UNPACKERS: Final[dict[bytes, Callable[[memoryview, int, int], int]]] = {
     GZIP: _gunzip,
     b"\xfd7zXZ": _unxz,
-    b"\x5d\x00\x00": _unxz,  # the older lzma format
+    b"\x5d\x00": _unxz,  # the older lzma format
     b"BZh": _bunzip,
-    b"\x28\xb5\x2f\xfd": _unzstd,
+    ZSTD: _unzstd,
 }
 
 
 def prepare() -> None:
-    """Load what is not loaded yet, while the process still may; without libzstd its images are left as they are."""
+    """Load what is not loaded yet, while the process still may; without libzstd its images are refused."""
     if lib.xenvm_zstd_load():
-        del _UNPACKERS[b"\x28\xb5\x2f\xfd"]
+        del _UNPACKERS[ZSTD]
