@@ -6,15 +6,12 @@
 3. read one Job, do it, answer, exit.
 """
 
-from xenvm.boundary.frames import Channel
 from xenvm.boundary.images import Progress
-from xenvm.boundary.messages import NO_DOMAIN, Domain, Failed, Fault, Job
+from xenvm.boundary.messages import Job
 from xenvm.boundary.place import HERE
 from xenvm.boundary.privileges import Role
-from xenvm.errors import ExitCode, ProtocolError, XenvmError
+from xenvm.errors import ProtocolError, XenvmError
 from xenvm.helpers import exchange, serve, store, xenstored
-
-REQUEST_WAIT_S = 3600.0  # a builder may be started before it is needed; it ends with its broker
 
 
 def main() -> int:
@@ -34,8 +31,8 @@ def main() -> int:
         hello = serve.drop(Role.BUILDER, xen.descriptors | {connection.fileno()})
         channel.send(hello)
     except XenvmError as error:
-        return _fail(channel, error)
-    received = channel.receive(deadline_s=REQUEST_WAIT_S)
+        return serve.fail(channel, error)
+    received = serve.request(channel)
     if received is None:
         return 0
     job, images = received
@@ -47,11 +44,5 @@ def main() -> int:
     try:
         channel.send(builder.run(job, images))
     except XenvmError as error:
-        return _fail(channel, error, builder.left)
+        return serve.fail(channel, error, builder.left)
     return 0
-
-
-def _fail(channel: Channel, error: XenvmError, left: Domain = NO_DOMAIN) -> int:
-    fault = Fault(int(error.code), error.message[:4000], error.hint[:1000])
-    channel.send(Failed(0, fault, left))
-    return int(ExitCode.FAILED)

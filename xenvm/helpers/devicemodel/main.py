@@ -12,13 +12,10 @@ import os
 import pwd
 
 from xenvm.boundary.machine import Launch, Launched
-from xenvm.boundary.messages import NO_DOMAIN, Failed, Fault
 from xenvm.boundary.privileges import QEMU_USER, Role
-from xenvm.errors import ExitCode, ProtocolError, XenvmError
+from xenvm.errors import ProtocolError, XenvmError
 from xenvm.helpers import serve
 from xenvm.helpers.devicemodel.process import Qemu, major_version
-
-REQUEST_WAIT_S = 900.0  # it is started with the build of the domain that it serves
 
 
 def main() -> int:
@@ -28,7 +25,7 @@ def main() -> int:
         first_uid = _first_uid()
         channel.send(serve.drop(Role.DEVICEMODEL, frozenset()))
         major = major_version()
-        received = channel.receive(deadline_s=REQUEST_WAIT_S)
+        received = serve.request(channel)
         if received is None:
             return 0
         message, descriptors = received
@@ -41,8 +38,7 @@ def main() -> int:
         os.setresuid(first_uid, first_uid, first_uid)
         channel.send(Launched(qemu.pid, up=True, tty=qemu.take_up()))
     except XenvmError as error:
-        channel.send(Failed(0, Fault(int(error.code), error.message[:4000], error.hint[:1000]), NO_DOMAIN))
-        return int(ExitCode.FAILED)
+        return serve.fail(channel, error)
     return 0
 
 

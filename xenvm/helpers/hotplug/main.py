@@ -8,13 +8,11 @@
 
 from xenvm.boundary.devices import Kind
 from xenvm.boundary.frames import Channel
-from xenvm.boundary.messages import NO_DOMAIN, Done, Failed, Fault, Job, Op
+from xenvm.boundary.messages import NO_DOMAIN, Done, Job, Op
 from xenvm.boundary.privileges import Role
-from xenvm.errors import ExitCode, ProtocolError, WrongStateError, XenvmError
+from xenvm.errors import ProtocolError, WrongStateError, XenvmError
 from xenvm.helpers import devices, serve, store, xenstored
 from xenvm.helpers.exchange import Devices
-
-REQUEST_WAIT_S = 3600.0  # a worker may be started before it is needed; it ends with its broker
 
 
 def main() -> int:
@@ -23,7 +21,7 @@ def main() -> int:
     try:
         connection = xenstored.connect()
         channel.send(serve.drop(Role.HOTPLUG, frozenset({connection.fileno()})))
-        received = channel.receive(deadline_s=REQUEST_WAIT_S)
+        received = serve.request(channel)
         if received is None:
             return 0
         job = received[0]
@@ -31,9 +29,7 @@ def main() -> int:
             raise ProtocolError("a hotplug worker answers jobs only")
         channel.send(_run(channel, store.Store(connection), job))
     except XenvmError as error:
-        fault = Fault(int(error.code), error.message[:4000], error.hint[:1000])
-        channel.send(Failed(0, fault, NO_DOMAIN))
-        return int(ExitCode.FAILED)
+        return serve.fail(channel, error)
     return 0
 
 

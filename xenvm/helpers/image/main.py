@@ -13,15 +13,13 @@ import fcntl
 import os
 import stat
 
-from xenvm.boundary.messages import NO_DOMAIN, Failed, Fault
 from xenvm.boundary.privileges import Role
 from xenvm.boundary.workers import Serve, Served
-from xenvm.errors import ExitCode, ProtocolError, XenvmError
+from xenvm.errors import ProtocolError, XenvmError
 from xenvm.helpers import serve
 from xenvm.helpers.image import header
 from xenvm.helpers.image.server import Server
 
-REQUEST_WAIT_S = 900.0  # it may be started before it is needed; it ends with its broker
 SIZE_LIMIT_BYTES = 2**62  # as Served has it
 
 
@@ -30,7 +28,7 @@ def main() -> int:
     channel = serve.broker_channel()
     try:
         channel.send(serve.drop(Role.IMAGE, frozenset()))
-        received = channel.receive(deadline_s=REQUEST_WAIT_S)
+        received = serve.request(channel)
         if received is None:
             return 0
         message, descriptors = received
@@ -38,8 +36,7 @@ def main() -> int:
             raise ProtocolError("an image worker serves one image, with three descriptors")
         channel.send(_serve(message, *descriptors))
     except XenvmError as error:
-        channel.send(Failed(0, Fault(int(error.code), error.message[:4000], error.hint[:1000]), NO_DOMAIN))
-        return int(ExitCode.FAILED)
+        return serve.fail(channel, error)
     return 0
 
 

@@ -9,11 +9,11 @@
 import time
 
 from xenvm.boundary.devices import Vif
-from xenvm.boundary.messages import NO_DOMAIN, Done, Failed, Fault
+from xenvm.boundary.messages import NO_DOMAIN, Done
 from xenvm.boundary.place import HERE
 from xenvm.boundary.privileges import Role
 from xenvm.boundary.workers import Join
-from xenvm.errors import ExitCode, ProtocolError, TimeoutExpiredError, XenvmError
+from xenvm.errors import ProtocolError, TimeoutExpiredError, XenvmError
 from xenvm.helpers import serve
 
 if HERE.simulator:
@@ -21,7 +21,6 @@ if HERE.simulator:
 else:
     from xenvm.helpers.network import link  # type: ignore[no-redef]
 
-REQUEST_WAIT_S = 900.0  # it is started with the build of the domain whose interfaces it waits for
 KERNEL_WAIT_S = 5.0
 POLL_S = 0.01
 # The dom0 side of every card: the highest address, since a bridge takes the lowest of its ports' (Xen's vif-bridge).
@@ -34,7 +33,7 @@ def main() -> int:
     route = link.connect(KERNEL_WAIT_S)
     try:
         channel.send(serve.drop(Role.NETWORK, frozenset({route.fileno()})))
-        received = channel.receive(deadline_s=REQUEST_WAIT_S)
+        received = serve.request(channel)
         if received is None:
             return 0
         message, taps = received
@@ -51,8 +50,7 @@ def main() -> int:
                 _join(route, f"vif{message.domid}.{vif.id}-emu", vif, end, message.timeout_s)
         channel.send(Done(0, NO_DOMAIN, ""))
     except XenvmError as error:
-        channel.send(Failed(0, Fault(int(error.code), error.message[:4000], error.hint[:1000]), NO_DOMAIN))
-        return int(ExitCode.FAILED)
+        return serve.fail(channel, error)
     return 0
 
 

@@ -16,7 +16,6 @@ import os
 import time
 
 from xenvm.boundary.machine import STATE_LIMIT_BYTES, Attach, Granted, Wish, Wished
-from xenvm.boundary.messages import NO_DOMAIN, Failed, Fault
 from xenvm.boundary.privileges import Role
 from xenvm.boundary.qmp import Conversation
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
@@ -26,7 +25,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
-REQUEST_WAIT_S: Final = 86400.0  # between two wishes a guest's memory is written; it ends with its broker
 ANSWER_WAIT_S: Final = 40.0  # standing still waits for the disks' last requests
 STATE_SET: Final = 0x7FFF0000  # of descriptors in QEMU, apart from those of drives, which have device numbers
 
@@ -35,21 +33,21 @@ def main() -> int:
     """Run one qmp worker; return its exit status."""
     channel = serve.broker_channel()
     channel.send(serve.drop(Role.QMP, frozenset()))
-    received = channel.receive(deadline_s=REQUEST_WAIT_S)
+    received = serve.request(channel)
     if received is None:
         return 0
     message, descriptors = received
     if not isinstance(message, Attach) or not descriptors:
         raise ProtocolError("a qmp worker is attached to one device model first")
     talk = Talk(*descriptors)
-    while (received := channel.receive(deadline_s=REQUEST_WAIT_S)) is not None:
+    while (received := serve.request(channel)) is not None:
         if not isinstance(received[0], Wished):
             raise ProtocolError("a qmp worker hears wishes only")
         try:
             talk.grant(received[0].wish)
             channel.send(Granted())
         except XenvmError as error:
-            channel.send(Failed(0, Fault(int(error.code), error.message[:4000], error.hint[:1000]), NO_DOMAIN))
+            serve.fail(channel, error)
     return 0
 
 

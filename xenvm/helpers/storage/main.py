@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import os
 
-from xenvm.boundary.messages import NO_DOMAIN, Done, Failed, Fault
+from xenvm.boundary.messages import NO_DOMAIN, Done
 from xenvm.boundary.privileges import Role
 from xenvm.boundary.workers import Connect, Decrypt, Release
-from xenvm.errors import ExitCode, ProtocolError, XenvmError
+from xenvm.errors import ProtocolError, XenvmError
 from xenvm.helpers import serve
 from xenvm.helpers.storage import crypt, nbd
 
@@ -22,15 +22,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from xenvm.boundary.checks import Message
 
-REQUEST_WAIT_S = 900.0  # it may be started before it is needed; it ends with its broker
-
 
 def main() -> int:
     """Run one storage worker; return its exit status."""
     channel = serve.broker_channel()
     try:
         channel.send(serve.drop(Role.STORAGE, frozenset()))
-        received = channel.receive(deadline_s=REQUEST_WAIT_S)
+        received = serve.request(channel)
         if received is None:
             return 0
         if isinstance(received[0], Release):
@@ -40,8 +38,7 @@ def main() -> int:
         device, path = _make(*received)
         channel.send(Done(0, NO_DOMAIN, path), [device])
     except XenvmError as error:
-        channel.send(Failed(0, Fault(int(error.code), error.message[:4000], error.hint[:1000]), NO_DOMAIN))
-        return int(ExitCode.FAILED)
+        return serve.fail(channel, error)
     os.close(device)
     return 0
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 
 from xenvm.boundary.images import Image, Inspect, Pack, Packed, Packing, other_memory
-from xenvm.boundary.messages import NO_DOMAIN, Failed, Fault
 from xenvm.boundary.privileges import Role
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 from xenvm.helpers import serve
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from typing import Final
 
 NEEDED_DESCRIPTORS: Final = 2
-REQUEST_WAIT_S: Final = 900.0  # it may be started before it is needed; it ends with its broker
 ROUNDS: Final = 4  # of a guest's memory that a compressed image may unpack to: a live one has pages more than once
 SLACK_BYTES: Final = 64 << 20  # and this beside it
 
@@ -36,7 +34,7 @@ def main() -> int:
     channel = serve.broker_channel()
     zstd.load()
     channel.send(serve.drop(Role.STREAM, frozenset()))
-    received = channel.receive(deadline_s=REQUEST_WAIT_S)
+    received = serve.request(channel)
     if received is None:
         return 0
     message, descriptors = received
@@ -53,8 +51,7 @@ def main() -> int:
         channel.send(told)
         feed(image, pipe, at, told, hvm=bool(state))
     except XenvmError as error:
-        channel.send(Failed(0, Fault(int(error.code), error.message[:4000], error.hint[:1000]), NO_DOMAIN))
-        return int(ExitCode.FAILED)
+        return serve.fail(channel, error)
     except BrokenPipeError:  # the builder has ended; it says why itself
         return int(ExitCode.FAILED)
     return 0

@@ -10,17 +10,15 @@ Started as `_start.py unpacker UUID unpack|sum|tables`, the last word being what
 import os
 import sys
 
-from xenvm.boundary.messages import NO_DOMAIN, Failed, Fault
 from xenvm.boundary.privileges import Role
 from xenvm.boundary.workers import Sum, Summed, Tables, Unpack, Unpacked
-from xenvm.errors import ExitCode, ProtocolError, XenvmError
+from xenvm.errors import ProtocolError, XenvmError
 from xenvm.helpers import serve
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from xenvm.boundary.checks import Message
 
-REQUEST_WAIT_S = 60.0
 PIECE_BYTES = 1 << 20
 
 
@@ -38,7 +36,7 @@ def main() -> int:
 
             formats.prepare()
         channel.send(serve.drop(Role.UNPACKER, frozenset()))
-        received = channel.receive(deadline_s=REQUEST_WAIT_S)
+        received = serve.request(channel)
         if received is None:
             return 0
         message, descriptors = received
@@ -58,6 +56,5 @@ def main() -> int:
             raise ProtocolError("an unpacker unpacks or sums a file, or picks tables")
         channel.send(answer)
     except XenvmError as error:
-        channel.send(Failed(0, Fault(int(error.code), error.message[:4000], error.hint[:1000]), NO_DOMAIN))
-        return int(ExitCode.FAILED)
+        return serve.fail(channel, error)
     return 0
