@@ -786,6 +786,51 @@ def test_a_child_ends_with_its_confined_broker():
     assert readable
 
 
+def test_a_child_that_changes_its_user_later_still_ends_with_its_broker():
+    """As the device model's worker does once QEMU has started: the kernel forgets the parent-death signal then."""
+    broker = start(
+        """
+        from xenvm.boundary.confine import become
+        enter(TABLE[Role.BROKER])
+        child = os.fork()
+        if child == 0:
+            enter(TABLE[Role.DEVICEMODEL])
+            become(TABLE[Role.DEVICEMODEL], UID)
+            say([os.getpid(), prctl.get_dumpable(), *os.getresuid(), *os.getresgid(), *os.getgroups()])
+        time.sleep(60)
+        """
+    )
+    try:
+        pid, dumpable, *who = json.loads(broker.stdout.readline())
+        assert (dumpable, who) == (0, [UID] * 6)
+        child = os.pidfd_open(pid)
+    finally:
+        broker.kill()
+        broker.wait()
+    readable, _, _ = select.select([child], [], [], 5)
+    if not readable:
+        signal.pidfd_send_signal(child, signal.SIGKILL)
+    os.close(child)
+    broker.communicate(timeout=WAIT_S)
+    assert readable
+
+
+def test_a_process_whose_parent_has_gone_meanwhile_does_not_go_on():
+    code, said, err = run(
+        """
+        from xenvm.boundary.confine import become
+        enter(TABLE[Role.DEVICEMODEL])
+        parents = iter([os.getppid() + 1, os.getppid()])
+        os.getppid = lambda: next(parents)
+        try:
+            become(TABLE[Role.DEVICEMODEL], UID)
+        except ConfineError as error:
+            say(error.message)
+        """
+    )
+    assert (code, said, err) == (0, ["devicemodel: the parent is gone"], "")
+
+
 def test_the_broker_can_start_and_end_its_children(tmp_path):
     code, said, err = run(
         """

@@ -3,8 +3,10 @@
 
 import pytest
 
-from xenvm.boundary.machine import Drive, Launch, Machine, NicModel, Setting, Tap
+from xenvm.boundary.machine import Drive, Launch, Launched, Machine, NicModel, Setting, Tap
+from xenvm.boundary.privileges import Role
 from xenvm.config.parse import parse_bytes
+from xenvm.helpers.devicemodel import main as worker
 from xenvm.helpers.devicemodel.argv import Descriptors, command
 from xenvm.parser.machine import UNABLE
 from xenvm.parser.main import answer
@@ -236,3 +238,42 @@ def test_all_warnings_come_at_once_and_none_beside_errors():
     assert sorted(warning.line for warning in parsed(lines).warnings) == [4, 5, 6, 7, 8]
     refused = parsed(lines + b"hap = false\n")
     assert (len(refused.issues), refused.warnings) == (1, ())
+
+
+def test_the_worker_gives_root_up_for_good_when_qemu_has_started(monkeypatch):
+    """Not before, since QEMU inherits it; and so that it still ends with its broker."""
+    done = []
+
+    class Qemu:
+        pid = 77
+
+        def __init__(self, *_):
+            done.append("started")
+
+        def take_up(self):
+            done.append("up")
+            return ""
+
+    class Channel:
+        def send(self, message):
+            done.append(message)
+
+        def receive(self, *, deadline_s):
+            assert deadline_s
+            return LAUNCH, []
+
+    monkeypatch.setattr(worker.serve, "broker_channel", Channel)
+    monkeypatch.setattr(worker.serve, "drop", lambda _role, _keep: "hello")
+    monkeypatch.setattr(worker, "_first_uid", lambda: 64000)
+    monkeypatch.setattr(worker, "major_version", lambda: 7)
+    monkeypatch.setattr(worker, "Qemu", Qemu)
+    monkeypatch.setattr(worker, "become", lambda row, uid: done.append((row.role, uid)))
+    assert worker.main() == 0
+    assert done == [
+        "hello",
+        "started",
+        Launched(77, up=False, tty=""),
+        (Role.DEVICEMODEL, 64000),
+        "up",
+        Launched(77, up=True, tty=""),
+    ]

@@ -34,7 +34,15 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
-__all__ = ["ConfineError", "Proof", "confine", "direct_open_listener", "filter_program", "forbid_children_and_networks"]
+__all__ = [
+    "ConfineError",
+    "Proof",
+    "become",
+    "confine",
+    "direct_open_listener",
+    "filter_program",
+    "forbid_children_and_networks",
+]
 
 _LAST_DESCRIPTOR: Final = 0xFFFFFFFF  # close_range(2): the largest unsigned int
 _HIGHEST_CAPABILITY: Final = 63  # the sets are 64 bits wide
@@ -110,6 +118,18 @@ def confine(row: Row, *, uid: int | None, gid: int | None, keep: frozenset[int] 
         landlock_abi=abi,
         probes=tuple(probes),
     )
+
+
+def become(row: Row, uid: int) -> None:
+    """Give up root for the user and group `uid`, in a process that is confined to `row`, whose QEMU stays root for now.
+
+    At that the kernel forgets what ends the process with its parent and hides its memory, so both are done anew.
+    """
+    parent = os.getppid()
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+    _detach_from_outside(row, parent)
 
 
 def filter_program(row: Row) -> list[Instruction]:

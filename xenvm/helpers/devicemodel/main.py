@@ -8,11 +8,11 @@
 
 from __future__ import annotations
 
-import os
 import pwd
 
+from xenvm.boundary.confine import become
 from xenvm.boundary.machine import Launch, Launched
-from xenvm.boundary.privileges import QEMU_USER, Role
+from xenvm.boundary.privileges import QEMU_USER, TABLE, Role
 from xenvm.errors import ProtocolError, XenvmError
 from xenvm.helpers import serve
 from xenvm.helpers.devicemodel.process import Qemu, major_version
@@ -33,9 +33,7 @@ def main() -> int:
             raise ProtocolError("a devicemodel worker launches QEMU only")
         qemu = Qemu(message, descriptors, first_uid + message.domid, major)
         channel.send(Launched(qemu.pid, up=False, tty=""))  # the broker ends it, should it not come up
-        os.setgroups([])
-        os.setresgid(first_uid, first_uid, first_uid)
-        os.setresuid(first_uid, first_uid, first_uid)
+        become(TABLE[Role.DEVICEMODEL], first_uid)
         channel.send(Launched(qemu.pid, up=True, tty=qemu.take_up()))
     except XenvmError as error:
         return serve.fail(channel, error)
