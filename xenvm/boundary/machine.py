@@ -202,7 +202,10 @@ class Loaded(Message):
 
 
 class EndModel(Message):
-    """Builder to broker: end this device model (the form of ModelState.server), whose domain is about to go."""
+    """Builder to broker: end this device model (the form of ModelState.server), whose domain is about to go.
+
+    An empty `server` is not known: the broker looks for the one of this VM and domain.
+    """
 
     domid: int
     server: str

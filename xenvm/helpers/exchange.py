@@ -65,7 +65,10 @@ class Devices:
         return ready.models[0] if ready.models else None
 
     def release(self, domid: int, server: str) -> None:
-        """Have the broker end the device model of a domain that is about to go; raise XenvmError when it does not."""
+        """Have the broker end the device model of a domain that is about to go; raise XenvmError when it does not.
+
+        Without a `server` it is not known which process that is, and the broker looks for it.
+        """
         self._channel.send(EndModel(domid, server))
         while (received := self._channel.receive(deadline_s=MODEL_END_WAIT_S)) is not None:
             if isinstance(received[0], Ready) and not received[0].vbds and not received[0].models:

@@ -170,10 +170,15 @@ class Builder:
             if wakes:
                 self._xen.unpause(domid)
                 tree.woken(self._store, job.uuid)
-        except BaseException:
+        except BaseException as cause:
             self.left = NO_DOMAIN.but(phase=Phase.BUILDING)
-            self._destroy(job.uuid)
-            self.left = NO_DOMAIN
+            try:
+                self._destroy(job.uuid)
+                self.left = NO_DOMAIN
+            except XenvmError as error:
+                if isinstance(cause, XenvmError):  # that stays the reason
+                    more = f"what it has left could not be removed: {error.message}"
+                    cause.hint = f"{cause.hint}; {more}" if cause.hint else more
             raise
         self._seen = devices.look(self._store, job.uuid, domid)
         domain = self._xen.look(domid, job.uuid)
@@ -328,8 +333,8 @@ class Builder:
             if domain.state is DomainState.RUNNING:
                 self._xen.pause(domain.domid)
         server = tree.read_model(self._store, uuid)[0]
-        if recorded > 0 and server and is_server(server):
-            self._plugging.release(recorded, server)
+        if recorded > 0 and (server or tree.has_model(self._store, recorded)):
+            self._plugging.release(recorded, server if is_server(server) else "")
         for domain in domains:
             devices.remove_every(self._store, uuid, domain.domid)  # while it exists: else a backend may never let go
             tree.remove_domain(self._store, domain.domid)
@@ -369,7 +374,8 @@ class Builder:
         if domain.state is DomainState.SHUTDOWN and domain.reason == SHUTDOWN_SUSPEND:
             self._xen.pause(domain.domid)  # it must not run for a moment: its device model is gone
             self._xen.resume(domain.domid)
-            self._store.resume(domain.domid)
+            with suppress(XenvmError):  # xenstored then tells nobody of the crash; the monitor knows of it
+                self._store.resume(domain.domid)
             self._xen.crash(domain.domid)
             self._xen.unpause(domain.domid)
         elif domain.state is not DomainState.SHUTDOWN:

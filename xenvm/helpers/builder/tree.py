@@ -192,6 +192,11 @@ def model_path(domid: int) -> str:
     return f"/local/domain/0/device-model/{domid}"
 
 
+def has_model(store: Store, domid: int) -> bool:
+    """Tell whether the domain is one with a device model: that has a directory before it is started."""
+    return store.read(model_path(domid)) is not None
+
+
 def write_built(
     store: Store,
     domid: int,
