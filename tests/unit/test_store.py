@@ -270,6 +270,41 @@ def test_a_step_that_fails_rolls_back(peers):
     assert xenstored.requests[-1][1] == 0
 
 
+def test_a_transaction_whose_end_is_not_answered_is_over_all_the_same(peers):
+    """Whoever gives up tidies up over the same connection; what is said in a dead transaction has no effect."""
+    store, xenstored = peers
+    store._router._deadline_s = 0.3
+    answer, silent = xenstored.answer, {WRITE, END}
+    xenstored.answer = lambda kind, *rest: b"" if kind in silent else answer(kind, *rest)
+    xenstored.nodes[b"/a"] = b"old"
+    with pytest.raises(TimeoutExpiredError):
+        store.transaction(lambda: store.write("/a", "1"))
+    assert kinds(xenstored) == [START, WRITE, END]
+    silent.clear()
+    assert store.read("/a") == b"old"
+    store.transaction(lambda: store.remove("/a"))
+    assert [(kind, transaction) for kind, transaction, _ in xenstored.requests[3:]] == [
+        (READ, 0),
+        (START, 0),
+        (RM, 2),
+        (END, 2),
+    ]
+
+
+def test_a_rollback_that_is_refused_does_not_hide_why_it_came_to_that(peers):
+    store, xenstored = peers
+    carry_out = xenstored.carry_out
+    xenstored.carry_out = lambda kind, body: (ERROR, b"EIO\0") if body == b"F\0" else carry_out(kind, body)
+
+    def steps():
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        store.transaction(steps)
+    store.write("/b", "2")
+    assert xenstored.requests[-1][1] == 0
+
+
 def test_a_parent_is_removed_only_while_it_is_empty(peers):
     store, xenstored = peers
     xenstored.nodes = {b"/": b"", b"/a": b"", b"/a/b": b""}

@@ -14,7 +14,8 @@ import time
 from pyxs import Client, PyXSError
 from pyxs._internal import NUL, Op, Packet, next_rq_id
 
-from xenvm.errors import TimeoutExpiredError
+from xenvm.context import suppress
+from xenvm.errors import TimeoutExpiredError, XenvmError
 from xenvm.helpers.xenstored import StoreError
 
 TYPE_CHECKING = False
@@ -238,7 +239,9 @@ class Store:
             try:
                 steps()
             except BaseException:
-                _translated(self._client.rollback)
+                with suppress(XenvmError):  # the first failure is the one that counts
+                    _translated(self._client.rollback)
+                self._client.tx_id = 0  # not answered, it is over too: else all that follows would be said in it
                 raise
             committed = _translated(self._client.commit)
             self._client.tx_id = 0  # pyxs 0.4.1 keeps the number of a lost transaction
