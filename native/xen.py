@@ -36,9 +36,7 @@ ffibuilder.cdef(
     typedef unsigned long xen_pfn_t;
 
     #define XENVM_BUILT_FOR ...
-    #define XEN_DOMCTL_INTERFACE_VERSION ...
     #define XEN_DOMINF_dying ...
-    #define XEN_DOMINF_hvm_guest ...
     #define XEN_DOMINF_shutdown ...
     #define XEN_DOMINF_paused ...
     #define XEN_DOMINF_shutdownmask ...
@@ -66,19 +64,15 @@ ffibuilder.cdef(
     #define XEN_CPUID_INPUT_UNUSED ...
     #define XEN_VCPUAFFINITY_HARD ...
 
-    struct xen_arch_domainconfig { uint32_t emulation_flags; uint32_t misc_flags; ...; };
+    struct xen_arch_domainconfig { uint32_t emulation_flags; ...; };
     struct xen_domctl_createdomain {
-        uint32_t ssidref;
         uint8_t handle[16];
         uint32_t flags;
-        uint32_t iommu_opts;
         uint32_t max_vcpus;
         uint32_t max_evtchn_port;
         int32_t max_grant_frames;
         int32_t max_maptrack_frames;
         uint32_t grant_opts;
-        uint32_t vmtrace_size;
-        uint32_t cpupool_id;
         struct xen_arch_domainconfig arch;
         ...;
     };
@@ -86,7 +80,6 @@ ffibuilder.cdef(
         uint16_t domain;
         uint32_t flags;
         uint64_t tot_pages;
-        uint64_t max_pages;
         uint64_t cpu_time;
         uint32_t nr_online_vcpus;
         uint32_t max_vcpu_id;
@@ -94,10 +87,7 @@ ffibuilder.cdef(
         ...;
     } xc_domaininfo_t;
     typedef struct xen_sysctl_physinfo {
-        uint32_t nr_cpus;
-        uint32_t max_cpu_id;
         uint32_t capabilities;
-        uint64_t total_pages;
         uint64_t free_pages;
         uint64_t scrub_pages;
         uint64_t outstanding_pages;
@@ -108,7 +98,6 @@ ffibuilder.cdef(
     const char *xenvm_last_error(void);
     void xenvm_clear_error(void);
 
-    int xc_interface_close(xc_interface *xch);
     int xc_version(xc_interface *xch, int cmd, void *arg);
     int xc_physinfo(xc_interface *xch, xc_physinfo_t *info);
     int xc_domain_create(xc_interface *xch, uint32_t *pdomid, struct xen_domctl_createdomain *config);
@@ -138,7 +127,6 @@ ffibuilder.cdef(
                               const struct xc_xend_cpuid *xend, const struct xc_msr *msr);
 
     typedef uint8_t *xc_cpumap_t;
-    int xc_get_max_cpus(xc_interface *xch);
     int xc_get_cpumap_size(xc_interface *xch);
     int xc_vcpu_setaffinity(xc_interface *xch, uint32_t domid, int vcpu, xc_cpumap_t hard, xc_cpumap_t soft,
                             uint32_t flags);
@@ -225,7 +213,6 @@ ffibuilder.set_source(
     #include <stdbool.h>
     #include <stdio.h>
     #include <string.h>
-    #include <errno.h>
     #include <sys/mman.h>
     #define XC_WANT_COMPAT_MAP_FOREIGN_API
     #include <xenctrl.h>

@@ -371,7 +371,7 @@ class Done(Message):
 
     `text` is what a job has to say besides: a SURVEY all domains that run (boundary/survey.py).
 
-    CONSOLE and Map send a descriptor along.
+    That of CONSOLE sends a terminal along, that of a storage worker the device it has made.
     """
 
     sequence: int

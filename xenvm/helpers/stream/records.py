@@ -78,7 +78,6 @@ STRANGE: Final = {True: {*OF_PV, *OF_A_VCPU}, False: {*OF_HVM}}  # what the othe
 HVM_PAGES: Final = frozenset({0, *WITHOUT_DATA})
 FRAMES_BELOW_4G: Final = 1 << 20  # of an HVM guest: what is not memory is there
 QEMU_MAGIC: Final = b"QEVM"
-NODES_LIMIT_BYTES: Final = 1 << 16
 
 
 class ImageError(XenvmError):
