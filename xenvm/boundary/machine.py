@@ -17,6 +17,8 @@ IPV4: Final = forms.of(forms.DIGITS | frozenset("."), 0, 15)
 BOOT: Final = forms.of(frozenset("acdn"), 0, 4)
 KEYMAP: Final = forms.of(forms.LETTERS | forms.DIGITS | frozenset("_-"), 0, 32)
 TERMINALS: Final = "/dev/pts/"
+CIRRUS_MIB: Final = (8, 16)
+"""What the older one of the two emulated graphics cards can have."""
 EMULATED_NICS: Final = 8
 """Of the cards of one guest; PCI slots are few."""
 LAUNCH_DESCRIPTORS: Final = 64
@@ -108,6 +110,13 @@ class Machine(Checked):
         "power_management": number(0, 2),
         **dict.fromkeys(("oem_features", "inject_sci"), number(0, INT32_MAX)),
     }
+
+    @property
+    def card(self) -> str:
+        """The graphics card, as libxl names it: cirrus, std, or none without a display."""
+        if self.vnc_port < 0:
+            return "none"
+        return "cirrus" if self.videoram_mib in CIRRUS_MIB else "std"
 
 
 class ModelState(Checked):

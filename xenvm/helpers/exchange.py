@@ -116,7 +116,7 @@ class Devices:
     def _ready(self) -> Ready:
         patience_s = self._job.timeout_s + (MODEL_START_WAIT_S if self._job.grants.machine else 0)
         try:
-            received = self._channel.receive(deadline_s=patience_s)
+            message = self._answer(patience_s)
         except TimeoutExpiredError:
             places = devices.places(self._job.vbds, self._job.vifs)
             names = ", ".join(f"{kind} {device}" for kind, device in places) or "device model"
@@ -124,10 +124,6 @@ class Devices:
                 f"{names}: disks were not opened or interfaces not bridged within {patience_s:g} s",
                 hint="the key device-timeout gives them more time; the monitor's log says what they wait for",
             ) from None
-        message = received[0] if received else None
-        if isinstance(message, Failed):
-            fault = message.fault
-            raise XenvmError(fault.message, hint=fault.hint, code=ExitCode(fault.code))
         if not isinstance(message, Ready):
             raise ProtocolError("the broker did not say whether the devices are ready")
         return message

@@ -27,13 +27,18 @@ def check_space(image: int, memory_bytes: int) -> None:
         )
 
 
+def put(descriptor: int, content: bytes | memoryview) -> None:
+    """Write all of the content; OSErrors pass."""
+    while content:
+        content = content[os.write(descriptor, content) :]
+
+
 def write(image: int, content: bytes | memoryview) -> None:
     """Write all of the content; raise XenvmError with the reason."""
-    while content:
-        try:
-            content = content[os.write(image, content) :]
-        except OSError as error:
-            raise failure(error) from error
+    try:
+        put(image, content)
+    except OSError as error:
+        raise failure(error) from error
 
 
 def failure(error: OSError) -> XenvmError:

@@ -38,7 +38,6 @@ TAIL: Final = RECORD.pack(LIBXL_END, 0)
 SEAL: Final = b'"xenvm":{"bytes":"%016x","crc32":"%08x"}'
 UNSEALED: Final = SEAL % (0, 0)
 SEAL_NUMBERS: Final = ((UNSEALED.index(b"0000"), 16), (UNSEALED.rindex(b'"00000000"') + 1, 8))  # where, how long
-CIRRUS_MIB: Final = (8, 16)  # as in the device model's command line
 TIMER_MODES: Final = (
     *("delay_for_missed_ticks", "no_delay_for_missed_ticks", "no_missed_ticks_pending"),
     "one_missed_tick_pending",
@@ -108,7 +107,6 @@ def _machine(machine: Machine) -> dict[str, object]:
     libxl refuses fields that are said twice, also in the place that they had before Xen 4.10.
     """
     screen = machine.vnc_port >= 0
-    card = "none" if not screen else "cirrus" if machine.videoram_mib in CIRRUS_MIB else "std"
     serial = machine.serial if machine.serial != "tcp" else f"tcp:{machine.serial_host}:{machine.serial_port}"
     timers = {} if machine.timer_mode < 0 else {"timer_mode": TIMER_MODES[machine.timer_mode]}
     return {
@@ -122,7 +120,7 @@ def _machine(machine: Machine) -> dict[str, object]:
             **{name: _word(getattr(machine, name)) for name in ("pae", "nx", "viridian")},
             "hpet": _word(machine.hpet != 0),
             "vpt_align": _word(machine.vpt_align != 0),
-            "vga": {"kind": card},
+            "vga": {"kind": machine.card},
             "vnc": {"enable": _word(screen), **({"listen": machine.vnc_host} if screen and machine.vnc_host else {})},
             **({"serial": serial} if machine.serial != "none" else {}),
             **({"boot": machine.boot} if machine.boot else {}),

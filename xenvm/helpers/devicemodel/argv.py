@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PROGRAM: Final = "/usr/libexec/xen-qemu-system-i386"
 ROOT: Final = "/var/lib/xenvm/empty"
 NEW_MAJOR: Final = 10  # the release without -chroot, -runas, -no-acpi, -no-hpet
-CIRRUS_MIB: Final = (8, 16)  # what the emulated card can have
+CARDS: Final = {"cirrus": "cirrus-vga", "std": "VGA"}
 
 
 class Descriptors(Record):
@@ -85,10 +85,9 @@ def _serial(machine: Machine, descriptor: int) -> tuple[str, ...]:
 
 
 def _screen(machine: Machine) -> tuple[str, ...]:
-    if machine.vnc_port < 0:
+    if machine.card not in CARDS:
         return ()
-    card = "cirrus-vga" if machine.videoram_mib in CIRRUS_MIB else "VGA"
-    return "-device", f"{card},vgamem_mb={machine.videoram_mib}"
+    return "-device", f"{CARDS[machine.card]},vgamem_mb={machine.videoram_mib}"
 
 
 def _cards(launch: Launch, descriptors: Descriptors) -> Iterator[str]:

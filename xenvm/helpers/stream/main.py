@@ -17,7 +17,7 @@ import os
 from xenvm.boundary.images import Image, Inspect, Pack, Packed, Packing, other_memory
 from xenvm.boundary.privileges import Role
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
-from xenvm.helpers import serve
+from xenvm.helpers import imagefile, serve
 from xenvm.helpers.stream import packing, records, source, zstd
 
 TYPE_CHECKING = False
@@ -77,7 +77,7 @@ def inspect(image: int, memory_max_kib: int, state: int = -1) -> tuple[Image, in
             found.sum_from(facts.streams_at)
         for _ in records.pieces(found.read, facts.stream_at, guest):
             pass
-        records.rest(found.read, guest, lambda content: _keep(state, content))
+        records.rest(found.read, guest, lambda content: imagefile.put(state, content))
         size, checksum = found.totals()
         if 0 <= facts.sealed_bytes != size:
             raise records.cut_off(facts, size)
@@ -94,11 +94,6 @@ def limit_bytes(memory_max_kib: int) -> int:
     return ROUNDS * (memory_max_kib << 10) + SLACK_BYTES
 
 
-def _keep(state: int, content: bytes) -> None:
-    while content:
-        content = content[os.write(state, content) :]
-
-
 def feed(image: int, pipe: int, at: int, told: Image, *, hvm: bool = False) -> None:
     """Write the stream that begins at `at` into the pipe, each piece after it was checked."""
     found = source.of(image)
@@ -106,8 +101,6 @@ def feed(image: int, pipe: int, at: int, told: Image, *, hvm: bool = False) -> N
         found.limit_bytes = limit_bytes(told.memory_max_kib)
     for piece in records.pieces(found.read, at, records.Guest(told.memory_max_kib, told.vcpus, hvm=hvm)):
         if isinstance(piece, bytes):
-            left = piece
-            while left:
-                left = left[os.write(pipe, left) :]
+            imagefile.put(pipe, piece)
         else:
             found.move(pipe, *piece)

@@ -8,6 +8,7 @@ import os
 import zlib
 from abc import ABC, abstractmethod
 
+from xenvm.helpers import imagefile
 from xenvm.helpers.stream import records, zstd
 
 TYPE_CHECKING = False
@@ -149,8 +150,7 @@ class Compressed(Source):
             if not content:
                 raise records.ImageError("the image was cut off while it was read")
             at, length = at + len(content), length - len(content)
-            while content:
-                content = content[os.write(pipe, content) :]
+            imagefile.put(pipe, content)
 
     def sum_from(self, at: int) -> None:
         """Sum what has been unpacked from there on, and then what will be."""
