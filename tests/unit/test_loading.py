@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What libxenguest is handed: nothing that it would unpack beside the hypervisor. The library is one of this test."""
+"""What libxenguest is handed: nothing that it would unpack beside the hypervisor. The library is one of this test.
+
+And what it is to do about memory.
+"""
 
 import gzip
 import os
@@ -23,7 +26,9 @@ BOUND = ("xen", "pv", "hvm", "transfer")  # the modules that import the library
 
 
 class Library:
-    """Notes each call; every one succeeds."""
+    """Notes each call; every one succeeds that is not in `fails`."""
+
+    fails = frozenset()
 
     def __init__(self, ffi, release):
         self.calls, self.XENVM_BUILT_FOR, self._ffi = [], release, ffi
@@ -34,7 +39,7 @@ class Library:
 
         def call(*arguments):
             self.calls.append((name, *arguments))
-            return 0
+            return -1 if name in self.fails else 0
 
         return call
 
@@ -74,6 +79,9 @@ class Xen:
     def check(self, result, what):
         assert result == 0, what
 
+    def reason(self, _number):
+        return "no"
+
 
 def bind(monkeypatch, release):
     """Import the builder's modules anew, bound to a library of this test."""
@@ -106,7 +114,7 @@ def bound(monkeypatch, tmp_path):
             initrd = opened[1] if len(opened) > 1 else None
             return library, xen.pv.load(Xen(), 7, kernel=opened[0], initrd=initrd, cmdline="", **size)
         except XenvmError:
-            assert library.calls == []  # it has not even begun
+            assert library.calls == [] or Library.fails  # it has not even begun
             raise
         finally:
             for descriptor in opened:
@@ -205,3 +213,18 @@ def test_a_file_of_an_impossible_size_is_refused(tmp_path, size):
         file.truncate(size)
     with path.open("rb") as file, pytest.raises(XenvmError, match=f"the initrd has {size} bytes"):
         files.mapped(file.fileno(), "initrd")
+
+
+@pytest.mark.parametrize("hvm", [False, True])
+def test_memory_is_claimed_before_any_is_taken(bound, hvm):
+    library, _rings = bound(NEW, hvm, KERNEL, b"bios")
+    ((_, dom),) = library.of("xc_dom_boot_mem_init")
+    assert dom.claim_enabled == 1
+
+
+@pytest.mark.parametrize("hvm", [False, True])
+def test_memory_that_cannot_be_had_is_an_error_that_says_what_to_do(bound, monkeypatch, hvm):
+    monkeypatch.setattr(Library, "fails", {"xc_dom_boot_mem_init"})
+    with pytest.raises(XenvmError, match="^allocating 64 MiB of memory: no$") as caught:
+        bound(NEW, hvm, KERNEL, b"bios")
+    assert "another guest was started just now" in caught.value.hint

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from xenvm.helpers.builder import files
 from xenvm.helpers.builder.hypervisor import HypervisorError, Rings
+from xenvm.helpers.builder.pv import allocate
 from xenvm.helpers.builder.xen import ffi, lib
 
 TYPE_CHECKING = False
@@ -92,7 +93,6 @@ def load(
 def _lay_out(dom: Any, size: int) -> None:
     dom.container_type = lib.XC_DOM_HVM_CONTAINER
     dom.target_pages = size >> 12
-    dom.claim_enabled = 0
     dom.mmio_size = MMIO_BYTES
     dom.mmio_start = GIB_4 - MMIO_BYTES
     dom.lowmem_end = min(size, dom.mmio_start)
@@ -113,7 +113,7 @@ def _build(
     if lib.xc_dom_parse_image(dom) < 0:
         raise HypervisorError(f"reading the firmware loader: {xen.reason(ffi.errno)}", hint=LOADER_HINT)
     step(lib.xc_dom_mem_init(dom, memory_mib), "laying out the memory")
-    step(lib.xc_dom_boot_mem_init(dom), f"allocating {memory_mib} MiB of memory")
+    allocate(xen, dom, memory_mib)
     step(lib.xenvm_hvm_memory_map(xen.handle, domid, dom), "setting the memory map")
     step(lib.xc_dom_build_image(dom), "loading the firmware")
     step(lib.xc_dom_boot_image(dom), "preparing the first vcpu")

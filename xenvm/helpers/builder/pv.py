@@ -63,7 +63,6 @@ def _build(
     dom.console_domid = channels.console_domid
     dom.xenstore_evtchn = channels.store_port
     dom.xenstore_domid = channels.store_domid
-    dom.claim_enabled = 0
     dom.max_vcpus = vcpus
     step(lib.xc_dom_boot_xen_init(dom, xen.handle, domid), "reading the hypervisor's abilities")
     step(lib.xc_dom_parse_image(dom), "reading the kernel image")
@@ -73,7 +72,7 @@ def _build(
             f"the kernel is a {guest_type} image", hint="a PV guest here needs a 64-bit kernel with CONFIG_XEN_PV"
         )
     step(lib.xc_dom_mem_init(dom, memory_mib), "laying out the memory")
-    step(lib.xc_dom_boot_mem_init(dom), f"allocating {memory_mib} MiB of memory")
+    allocate(xen, dom, memory_mib)
     if lib.xc_dom_build_image(dom) < 0:
         why = xen.reason(ffi.errno)
         hint = "raise `memory`: the unpacked kernel and the initrd must fit" if "too large" in why else ""
@@ -81,3 +80,18 @@ def _build(
     step(lib.xc_dom_boot_image(dom), "preparing the first vcpu")
     step(lib.xc_dom_gnttab_init(dom), "preparing the grant table")
     return Rings(store_frame=lib.xc_dom_p2m(dom, dom.xenstore_pfn), console_frame=lib.xc_dom_p2m(dom, dom.console_pfn))
+
+
+def allocate(xen: Hypervisor, dom: Any, memory_mib: int) -> None:
+    """Give the domain its memory, all of which is claimed in Xen first: of two starts that do not fit only one fails.
+
+    libxenguest gives up what of a claim is left in the end (meminit_pv and meminit_hvm, xg_dom_x86.c); when it fails
+    before that, Xen does, with the domain.
+    """
+    dom.claim_enabled = 1
+    if lib.xc_dom_boot_mem_init(dom) < 0:
+        raise HypervisorError(
+            f"allocating {memory_mib} MiB of memory: {xen.reason(ffi.errno)}",
+            hint="the host has less free, perhaps since another guest was started just now: "
+            "stop one, lower `memory`, or give dom0 less (dom0_mem)",
+        )
