@@ -49,6 +49,9 @@ def why_of(error):
     return " ".join(f"{error!s:.400}".split())
 
 
+LONG_S = 90.0  # of a run, on Xen
+
+
 class Table:
     """The results, printed as they come."""
 
@@ -65,6 +68,7 @@ class Table:
         print(f"\n{'operation, point':62s} " + " ".join(f"{number:2d}" for number in range(1, len(self.pairs) + 1)))
 
     def cell(self, case):
+        begin = time.monotonic()
         try:
             letter, seconds = case.run()
             self.took.append((seconds, str(case)))
@@ -77,6 +81,8 @@ class Table:
                 self.failed[-1] = (*self.failed[-1][:2], self.failed[-1][2] + case.vm.acts.read_text()[-1500:])
             print(f"FAULT {case}: {why_of(error)}", file=sys.stderr, flush=True)
             recover(case.host)
+        if (whole_s := time.monotonic() - begin) > LONG_S:
+            print(f"({case}: {whole_s:.0f} s with all that was looked at)", file=sys.stderr, flush=True)
         print(f"{letter:>2s}", end=" ", flush=True)
 
     def end(self):
