@@ -1,18 +1,28 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What only a simulated host shows: faults at an exact moment, hostile guests, floods, and how it is told from Xen."""
 
+import contextlib
+import json
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
-from vms import ROOT, SimulatedHost, json_of, kill, nothing_is_left, processes, run, until, vm  # noqa: F401
+from soak import memory_kib
+from storewire import Wire
+from vms import NOBODY, ROOT, SimulatedHost, json_of, kill, nothing_is_left, processes, run, until, vm  # noqa: F401
 
 from xenvm.broker.actlog import read
+from xenvm.errors import XenvmError
+from xenvm.supervisor.control import CLIENTS_LIMIT, CLIENTS_PER_USER, REQUEST_LIMIT_BYTES
+
+THOUSAND = 1000
+ANSWERED_S = 1.0  # a command, whatever floods there are
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +30,13 @@ def host():
     made = SimulatedHost()
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def root():
+    """Descriptors and memory of processes that are not dumpable are shown to root alone; and root may be others too."""
+    if os.geteuid():
+        pytest.fail("this can be seen by root only: run the tests as root")
 
 
 def builder_of(guest):
@@ -75,8 +92,6 @@ def test_the_builder_dies_when_the_domain_is_whole(host, vm, call):  # noqa: F81
 
 
 def host_record(host, guest):
-    from storewire import Wire  # noqa: PLC0415
-
     with Wire(host.store) as wire:
         return wire.value(f"/xenvm/{guest.uuid}/phase")
 
@@ -99,7 +114,10 @@ def test_two_starts_that_do_not_fit_together(host, vm):  # noqa: F811
 
 @pytest.mark.parametrize("words", ["xenvm.garbage=7", "xenvm.flood=200", "xenvm.garbage=3 xenvm.flood=100"])
 def test_what_a_guest_writes_disturbs_nobody(host, vm, words):  # noqa: F811
-    """Garbage in all of its nodes, more nodes than its quota, a console that never stops: commands take under 1 s."""
+    """Garbage in all of its nodes, more nodes than its quota, a console that never stops: commands take under 1 s.
+
+    The quickest of three is looked at: a flood does not pause, what else this machine is doing does.
+    """
     disk = host.directory() / "a.img"
     disk.write_bytes(bytes(1 << 20))
     os.chmod(disk, 0o666)
@@ -108,68 +126,137 @@ def test_what_a_guest_writes_disturbs_nobody(host, vm, words):  # noqa: F811
     guest.up()
     until(lambda: len(guest.ticks()) > 5, "it has begun")
     with guest.connect() as monitor:
-        for method in ("status", "disk-list", "nic-list", "pause", "unpause"):
+        took = {}
+        for method in 3 * ("status", "disk-list", "nic-list", "pause", "unpause"):
             begin = time.monotonic()
             monitor.call(method)
-            assert time.monotonic() - begin < 5, method
+            took.setdefault(method, []).append(time.monotonic() - begin)
+        assert max(map(min, took.values())) < ANSWERED_S, took
     guest.cmd("destroy")
     assert host.devices()["backends"] == []
 
 
-def test_a_thousand_clients_that_come_and_go(host, vm):  # noqa: F811
-    """Connected, half a request, gone: the monitor answers others meanwhile, and keeps nothing of them."""
-    guest = vm()
-    guest.start()
-    before = len(os.listdir(f"/proc/{guest.pids()['supervisor']}/fd")) if os.geteuid() == 0 else 0
-    worst = []
-    done = threading.Event()
+def descriptors(pid):
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def private_kib(pid):
+    return memory_kib(pid)[1]
+
+
+def settled(guest):
+    """The pid of the supervisor, how many descriptors it has when no client is there, and its memory."""
+    guest.status()
+    time.sleep(0.5)
+    pid = guest.pids()["supervisor"]
+    return pid, descriptors(pid), private_kib(pid)
+
+
+@contextlib.contextmanager
+def asking(guest):
+    """Ask for the status all the while, as the administrator; none may fail, or take longer than it may."""
+    took, answers, done = [], set(), threading.Event()
 
     def ask():
         while not done.is_set():
             begin = time.monotonic()
-            guest.status()
-            worst.append(time.monotonic() - begin)
+            try:
+                answers.add(guest.state)
+            except XenvmError as error:
+                answers.add(error.message)
+            took.append(time.monotonic() - begin)
 
-    asking = threading.Thread(target=ask)
-    asking.start()
+    thread = threading.Thread(target=ask)
+    thread.start()
     try:
-        import socket  # noqa: PLC0415
-
-        for number in range(1000):
-            client = socket.socket(socket.AF_UNIX)
-            client.connect(str(guest.socket))
-            client.send(b"\0\0\0\x40{" if number % 2 else b"")
-            client.close()
+        yield
     finally:
         done.set()
-        asking.join()
-    assert max(worst) < 1.0
-    assert guest.state == "running"
-    if before:
-        until(lambda: len(os.listdir(f"/proc/{guest.pids()['supervisor']}/fd")) == before, "nothing stays open", 10)
+        thread.join()
+    assert answers == {"running"}
+    assert max(took) < ANSWERED_S
 
 
-def test_readers_of_events_that_do_not_read(host, vm):  # noqa: F811
-    """They lose their connection, not the monitor its memory; the others get every event."""
+def connections(guest, count, body):
+    """Connect so often, and send so much of a request each time."""
+    made = [socket.socket(socket.AF_UNIX) for _ in range(count)]
+    for one in made:
+        one.connect(str(guest.socket))
+        with contextlib.suppress(OSError):  # it was one too many, and has been closed
+            one.send(body, socket.MSG_NOSIGNAL)
+    return made
+
+
+@contextlib.contextmanager
+def connected(guest, count, body):
+    """The same from a process of an ordinary user, which keeps them all open."""
+    readable, writable = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (count + 100, count + 100))
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            held = connections(guest, count, body)
+            os.write(writable, str(len(held)).encode())
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(writable)
+    try:
+        assert os.read(readable, 16) == str(count).encode()
+        yield
+    finally:
+        os.close(readable)
+        kill(child)
+        os.waitpid(child, 0)
+
+
+def test_a_thousand_clients_that_come_and_go(host, vm, root):  # noqa: F811
+    """Connected, half a request, gone: the monitor answers others meanwhile, and keeps nothing of them."""
     guest = vm()
     guest.start()
-    lazy = [guest.connect() for _ in range(20)]
-    for one in lazy:
-        one.send("events", {})
-    for _ in range(10):
-        guest.ask("pause")
-        guest.ask("unpause")
-    assert guest.state == "running"
-    for one in lazy:
-        one.close()
+    pid, idle, idle_kib = settled(guest)
+    with asking(guest):
+        for number in range(THOUSAND):
+            for client in connections(guest, 1, b"\0\0\0\x40{" if number % 2 else b""):
+                client.close()
+    until(lambda: descriptors(pid) == idle, "nothing stays open", 10)
+    assert private_kib(pid) - idle_kib < 1024
+    assert guest.pids()["supervisor"] == pid
 
 
-def resident_kib(pid):
-    line = next(one for one in Path(f"/proc/{pid}/status").read_text().splitlines() if one.startswith("VmRSS"))
-    return int(line.split()[1])
+def test_a_thousand_clients_that_stay(host, vm, root):  # noqa: F811
+    """A thousand connections of one user, and of root all that others do not need, each with a request that is almost as
+    long as one can be and does not end: as many are served as may be, none is waited for, and a second crowd costs
+    nothing more."""
+    guest = vm()
+    guest.start()
+    pid, idle, idle_kib = settled(guest)
+    body = REQUEST_LIMIT_BYTES.to_bytes(4, "big") + b" " * (REQUEST_LIMIT_BYTES - 1)
+    number = CLIENTS_LIMIT - CLIENTS_PER_USER - 8  # whoever asks comes again before it is noticed that he has gone
+    afterwards = []
+    for last in (False, True):
+        with connected(guest, THOUSAND, body):
+            ours = connections(guest, number, body)
+            with asking(guest):
+                until(lambda: descriptors(pid) >= idle + CLIENTS_PER_USER + number, "they are served", 5)
+                until(lambda: private_kib(pid) - idle_kib > number * 32, "they are read from", 5)
+                assert descriptors(pid) <= idle + CLIENTS_LIMIT
+                assert private_kib(pid) - idle_kib < CLIENTS_LIMIT * 2 * (REQUEST_LIMIT_BYTES >> 10)
+                if last:
+                    until(lambda: descriptors(pid) <= idle + 8, "what never ends was given up", 20)
+            for one in ours:
+                one.close()
+        until(lambda: descriptors(pid) == idle, "nothing stays open", 10)
+        afterwards.append(private_kib(pid))
+    assert afterwards[0] - idle_kib < 8192
+    assert afterwards[1] - afterwards[0] < 1024
+    assert guest.pids()["supervisor"] == pid
 
 
-def test_all_floods_at_once(host, vm):  # noqa: F811
+def test_all_floods_at_once(host, vm, root):  # noqa: F811
     """The guest fills console and xenstore, udev tells of thousands of devices, nobody reads the events: a status takes
     less than a second all the while, and the memory of the monitor stays what it is."""
     guest = vm(words="xenvm.flood=100", tick_ms=40, nic=f"bridge={host.bridge}")
@@ -181,13 +268,11 @@ def test_all_floods_at_once(host, vm):  # noqa: F811
     pids = {role: pid for role, pid in guest.pids().items() if role in ("broker", "supervisor", "watcher")}
     guest.ask("pause")
     guest.ask("unpause")
-    before = {role: resident_kib(pid) for role, pid in pids.items()}
+    before = {role: private_kib(pid) for role, pid in pids.items()}
     done = threading.Event()
     sent = []
 
     def tell():
-        import socket  # noqa: PLC0415
-
         event = f"remove backend/vif/{guest.domid}/7 1".encode("ascii")
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as told:
             while not done.is_set():
@@ -198,21 +283,16 @@ def test_all_floods_at_once(host, vm):  # noqa: F811
 
     telling = threading.Thread(target=tell)
     telling.start()
-    slowest_s = 0.0
     try:
-        end = time.monotonic() + 5
-        while time.monotonic() < end:
-            begin = time.monotonic()
-            assert guest.state == "running"
-            slowest_s = max(slowest_s, time.monotonic() - begin)
+        with asking(guest):
+            time.sleep(5)
     finally:
         done.set()
         telling.join()
     assert len(sent) > 1000
-    assert slowest_s < 1.0
     assert guest.pids().items() >= pids.items()
     for role, pid in pids.items():
-        assert resident_kib(pid) < before[role] + 2048, role
+        assert private_kib(pid) < before[role] + 2048, role
     for one in lazy:
         one.close()
 
@@ -227,8 +307,6 @@ def test_it_is_said_at_the_start_what_is_not_in_force(host, vm):  # noqa: F811
     assert "no Xen, no guest code is run" in done.stderr
     assert "not in force: users of their own and capabilities" in done.stderr
     proofs = [record for record in read(str(guest.acts)) if record["act"] == "confined"]
-    import json  # noqa: PLC0415
-
     for record in proofs:
         proof = json.loads(record["proof"]) if isinstance(record["proof"], str) else record["proof"]
         assert proof["no_new_privs"] is True
@@ -239,9 +317,7 @@ def test_it_is_said_at_the_start_what_is_not_in_force(host, vm):  # noqa: F811
         assert "--simulator" in words
 
 
-def test_root_gets_no_simulated_host(tmp_path):
-    if os.geteuid():
-        return
+def test_root_gets_no_simulated_host(root, tmp_path):
     code = "import sys; from xenvm.cli.xenvm import main; sys.exit(main())"
     config = tmp_path / "a.cfg"
     config.write_text("memory = 64\n")
@@ -252,15 +328,14 @@ def test_root_gets_no_simulated_host(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.cfg"]
 
 
-def test_monitors_of_xen_refuse_its_directory(host, vm):  # noqa: F811
+def test_monitors_of_xen_refuse_its_directory(host, vm, root):  # noqa: F811
     """Each kind keeps to its own directories, so that no uuid has two monitors that do not know of each other."""
     guest = vm()
-    if os.geteuid() == 0:
-        code = "import sys; from xenvm.cli.xenvm import main; sys.exit(main())"
-        environment = {**host.options()["env"], "XENVM_SOCKET_DIR": str(host.sockets)}
-        done = run(sys.executable, "-B", "-c", code, str(guest.file), env=environment)
-        assert done.returncode == 1
-        assert "not a directory that only root can change" in done.stderr
+    code = "import sys; from xenvm.cli.xenvm import main; sys.exit(main())"
+    environment = {**host.options()["env"], "XENVM_SOCKET_DIR": str(host.sockets)}
+    done = run(sys.executable, "-B", "-c", code, str(guest.file), env=environment)
+    assert done.returncode == 1
+    assert "not a directory that only root can change" in done.stderr
     options = host.options()
     options["env"] = {**options["env"], "XENVM_SOCKET_DIR": "/run/xenvm"}
     done = run(*host.program("xenvm", str(guest.file)), **options)
@@ -340,22 +415,19 @@ def test_foreground_and_a_second_start(host, vm):  # noqa: F811
     assert guest.boots() == 1
 
 
-def test_the_audit_knows_a_simulated_host(host, vm):  # noqa: F811
-    """As root: every process fits its row, apart from what is said to be not in force. Otherwise: refused."""
+def test_the_audit_knows_a_simulated_host(host, vm, root):  # noqa: F811
+    """For root every process fits its row, apart from what is said to be not in force. Others are refused."""
     guest = vm()
     guest.start()
     guest.cmd("pause")
     guest.cmd("unpause")
     done = host.run("xenvm-audit", guest.uuid)
-    if os.geteuid() == 0:
-        assert done.returncode == 8  # it was not root that asked
-        options = {**host.options(), "user": 0, "group": 0}
-        done = run(*host.program("xenvm-audit", guest.uuid), **options)
-        assert done.stdout.startswith(
-            f"simulated host in {host.sockets}: one user for all processes, no capabilities\n"
-        )
-        assert done.returncode == 0, done.stdout
-        assert "0 differences" in done.stdout
+    assert done.returncode == 8  # it was not root that asked
+    options = {**host.options(), "user": 0, "group": 0}
+    done = run(*host.program("xenvm-audit", guest.uuid), **options)
+    assert done.stdout.startswith(f"simulated host in {host.sockets}: one user for all processes, no capabilities\n")
+    assert done.returncode == 0, done.stdout
+    assert "0 differences" in done.stdout
     assert host.run("xenvm-audit", "verify", guest.uuid).returncode == 0
 
 

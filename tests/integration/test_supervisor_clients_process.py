@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The command socket of the real supervisor process: old clients, rights, and clients that misbehave. Needs root."""
 
+import contextlib
 import json
 import os
 import re
 import select
 import socket
 import struct
+import threading
 import time
 
 import pytest
+from soak import memory_kib
 from supervisor_bench import PAUSED, RUNNING, WAIT_S, Monitor
 
+from xenvm.boundary.images import Progress
 from xenvm.boundary.messages import Op
 from xenvm.errors import ExitCode
 from xenvm.supervisor.control import (
@@ -25,6 +29,7 @@ from xenvm.supervisor.control import (
 
 NOBODY = 64123
 INVALID_PARAMS, PARSE_ERROR = -32602, -32700
+LAZY, EVENTS = 20, 6000
 
 
 @pytest.fixture
@@ -187,6 +192,44 @@ def test_a_client_that_does_not_read_is_dropped_and_hurts_nobody(monitor):
     except ConnectionResetError:
         pass
     assert read < 4 * OUTPUT_LIMIT_BYTES
+
+
+def test_readers_of_events_that_do_not_read(monitor):
+    """They lose their connection once a MiB waits for each, not the monitor its memory; the others get every event."""
+    good, asking, lazy = monitor.client(), monitor.client(), [monitor.client() for _ in range(LAZY)]
+    for one in (good, *lazy):
+        one.call("events")
+    heard = []
+
+    def listen():
+        while len(heard) < EVENTS and (message := good.message()):
+            heard.append(message["params"]["done_kib"])
+
+    reading = threading.Thread(target=listen)
+    reading.start()
+    before, descriptors = memory_kib(monitor.pid)[1], len(os.listdir(f"/proc/{monitor.pid}/fd"))
+    most_kib = slowest_s = 0
+    try:
+        for number in range(1, EVENTS + 1):
+            monitor.broker.send(Progress(0, "\u00e4" * 64, number, EVENTS))  # as long as the words of one can be
+            if not number % 200:
+                begin = time.monotonic()
+                assert asking.call("status")["data"]["progress"]
+                slowest_s = max(slowest_s, time.monotonic() - begin)
+                most_kib = max(most_kib, memory_kib(monitor.pid)[1])
+    finally:
+        reading.join(WAIT_S)
+    assert heard == list(range(1, EVENTS + 1))
+    assert slowest_s < 1.0
+    assert len(os.listdir(f"/proc/{monitor.pid}/fd")) == descriptors - LAZY
+    for one in lazy:
+        told = 0
+        with contextlib.suppress(ConnectionResetError):
+            while more := one.socket.recv(1 << 20):
+                told += len(more)
+        assert told < 2 * OUTPUT_LIMIT_BYTES < EVENTS * 400
+    assert most_kib - before < LAZY * 1.25 * (OUTPUT_LIMIT_BYTES >> 10)
+    assert memory_kib(monitor.pid)[1] - before < 4096
 
 
 def test_a_request_that_never_ends_is_dropped_after_ten_seconds(monitor):
