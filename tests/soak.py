@@ -203,12 +203,12 @@ def soak(vms, seconds, seed):
             f"after:  {last}",
         ]
         print("\n".join(lines), flush=True)
-        assert one.wrong == [], one.wrong[:5]
-        assert (last.processes, last.processes) == (first.processes, 3 * vms)
-        assert last.descriptors == first.descriptors
-        assert last.host_descriptors == first.host_descriptors
-        assert last.private_kib < first.private_kib * GROWTH
-        assert last.host_kib < first.host_kib * GROWTH + 4096
+        assert one.wrong == [], f"these commands failed without words: {one.wrong[:5]}"
+        assert (last.processes, last.processes) == (first.processes, 3 * vms), "there are more or fewer processes"
+        assert last.descriptors == first.descriptors, "there are more or fewer descriptors"
+        assert last.host_descriptors == first.host_descriptors, "there are more or fewer descriptors of the host"
+        assert last.private_kib < first.private_kib * GROWTH, "the memory of the monitors has grown"
+        assert last.host_kib < first.host_kib * GROWTH + 4096, "the memory of the host has grown"
         one.end()
         return lines
     except BaseException:
