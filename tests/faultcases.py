@@ -39,6 +39,31 @@ DEADLINE_S = 4  # of a job, in the copy of the programs that is tested where hel
 SETTLED_S = 60.0 if os.environ.get("XENVM_TEST_HOST") != "xen" else 180.0
 
 
+class Spared(Exception):  # noqa: N818 - it is no error
+    """Nothing was struck in this run, which therefore proves nothing; its text is the letter that it is shown by."""
+
+
+ABSENT, MISSED = "-", "m"
+
+
+def hit(pid, number):
+    """Send a signal to a process that has not ended."""
+    if not lives(pid):
+        raise Spared(MISSED)
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        raise Spared(MISSED) from None
+
+
+def lives(pid):
+    """Tell whether a process has not ended, nor waits for whoever asks how."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def copied(directory):
     """Return a copy of the programs that everybody can run, to be changed for a test."""
     root = Path(directory) / "changed"
@@ -66,13 +91,18 @@ def hurried(directory):
 def limit(host, pid, how):
     """Let a process have no more of something; return what gives it back."""
     name, option, value = LIMITS[how]
+    if not lives(pid):
+        raise Spared(MISSED)
     line = next(one for one in Path(f"/proc/{pid}/limits").read_text().splitlines() if one.startswith(name))
     soft, hard = line.removeprefix(name).split()[:2]
 
     def put(limit):  # in the name of whoever the process runs as
-        vms.run("prlimit", "--pid", str(pid), f"--{option}={limit}:{hard}", **host.options())
+        return vms.run("prlimit", "--pid", str(pid), f"--{option}={limit}:{hard}", **host.options())
 
-    put(value)
+    done = put(value)
+    if done.returncode and not lives(pid):
+        raise Spared(MISSED)
+    assert done.returncode == 0, done.stderr
     return lambda: put(soft)
 
 
@@ -105,15 +135,13 @@ class Case(ABC):
             self.operation.again()
         else:
             self.operation.prepare()
-        self.client = self.reach()
-        if self.client is None:
-            if self.stays:  # the operation has been done
-                self.settle(0)
-            else:
-                self.vm.end()
-            return "-", 0.0
-        struck = time.monotonic()
-        after = self.strike()
+        try:
+            self.reach()
+            struck = time.monotonic()
+            after = self.strike()
+        except Spared as spared:
+            self.undisturbed()
+            return str(spared), 0.0
         code = self.finish()
         for undo in after:
             undo()
@@ -131,6 +159,16 @@ class Case(ABC):
         assert self.vm.broker_log_is_calm(), "the monitor's log has a traceback"
         return ("o" if code == 0 else "x"), whole_s
 
+    def undisturbed(self):
+        """Let an operation end in which nobody was struck: it must have done what it is for."""
+        self.go_on()
+        code = self.finish()
+        assert code == 0, f"nobody was struck, and yet it failed with status {code}"
+        if self.stays:
+            self.settle(code)
+        else:
+            self.vm.end()
+
     def there(self):
         """What there is on the host of guests and their devices."""
         nodes = [path for path in self.host.xenstore() if re.search(r"^/xenvm|/backend|/device/|^/vm", path)]
@@ -140,18 +178,21 @@ class Case(ABC):
 
     @abstractmethod
     def reach(self):
-        """Begin the operation and let it come to its point; None when the victim has no part in it there."""
+        """Begin the operation and let it come to its point; raise Spared when the victim has no part in it there."""
 
     def strike(self):
-        """Do to the victim what is to be done; return what undoes it when the operation has ended."""
+        """Do to the victim what is to be done; return what undoes it when the operation has ended.
+
+        Raise Spared when it had ended by itself.
+        """
         if self.victim == "xenstored":
             return self.strike_store()
         pid = self.pid()
         assert pid, f"there is no {self.victim}"
         if self.how == "kill":
-            kill(pid)
+            hit(pid, signal.SIGKILL)
         elif self.how == "stop":
-            os.kill(pid, signal.SIGSTOP)
+            hit(pid, signal.SIGSTOP)
             if self.victim == "broker":
                 return self.stopped_broker(pid)
         else:
@@ -269,18 +310,15 @@ class Numbered(Case):
     def reach(self):
         last = self.effects[self.name]
         self.host.machine.call("points", number=min(self.point, last))
-        client = self.operation.begin()
+        client = self.client = self.operation.begin()
         until(lambda: self.held() or (client.poll() is not None and self.name != "reboot"), f"point {self.point}")
         self.caller = self.held()
         if self.caller and self.victim == "worker" and self.caller in (self.vm.broker(), client.pid):
-            self.go_on()
-            client.wait()
-            return None
+            raise Spared(ABSENT)
         assert self.caller, client.communicate()[0]
         if self.point > last:
             os.kill(self.caller, signal.SIGSTOP)
             self.host.machine.call("points", number=-1)
-        return client
 
     def held(self):
         return self.host.machine.call("held")["pid"]
@@ -316,14 +354,16 @@ class Sampled(Case):
         raise AssertionError("a real xenstored cannot be started again: it is a victim on a simulated host only")
 
     def reach(self):
-        client = self.operation.begin()
-        time.sleep(self.lengths[self.name] * self.point)
+        begin = time.monotonic()
+        client = self.client = self.operation.begin()
+        with contextlib.suppress(vms.subprocess.TimeoutExpired):
+            client.wait(self.lengths[self.name] * self.point)
+            self.lengths[self.name] = time.monotonic() - begin  # it is quicker than it was: the next one is struck
+            raise Spared(MISSED)
         if self.victim == "worker":
             until(lambda: self.pid() or client.poll() is not None, "a worker, or the end")
             if not self.pid():
-                client.wait()
-                return None
-        return client
+                raise Spared(ABSENT)
 
     def pid(self):
         if self.victim != "worker":
@@ -332,10 +372,9 @@ class Sampled(Case):
         return next((there[role] for role in WORKERS if role in there), 0)
 
     def strike(self):
-        try:
-            return super().strike()
-        except (ProcessLookupError, AssertionError):
-            return []  # it had ended by itself
+        if self.victim != "xenstored" and not self.pid():
+            raise Spared(MISSED)
+        return super().strike()
 
 
 def count(host, name):

@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 
-from faultcases import PAIRS, VICTIMS, Numbered, Sampled, count, hurried
+from faultcases import ABSENT, MISSED, PAIRS, VICTIMS, Numbered, Sampled, count, hurried
 from operations import OPERATIONS
 from vms import SimulatedHost, Vm, XenHost, kill, until
 
@@ -56,13 +56,14 @@ class Table:
     """The results, printed as they come."""
 
     def __init__(self, pairs):
-        self.pairs, self.runs, self.failed, self.took = pairs, 0, [], []
+        self.pairs, self.runs, self.missed, self.failed, self.took = pairs, 0, 0, [], []
 
     def head(self):
+        print("o: the operation succeeded all the same; x: it failed in words, and all was well again; F: a fault of")
         print(
-            "o: the operation succeeded all the same; x: it failed in words, and all was well again; -: no such victim"
+            "   xenvm. Nothing was struck, and no run is counted: -: no such victim there; m: it, or the operation, had"
         )
-        print("   there; F: a fault of xenvm. The columns:")
+        print("   ended before. The columns:")
         for number, (victim, how) in enumerate(self.pairs, 1):
             print(f"   {number:2d} {victim}: {how}")
         print(f"\n{'operation, point':62s} " + " ".join(f"{number:2d}" for number in range(1, len(self.pairs) + 1)))
@@ -72,7 +73,8 @@ class Table:
         try:
             letter, seconds = case.run()
             self.took.append((seconds, str(case)))
-            self.runs += letter != "-"
+            self.runs += letter not in (ABSENT, MISSED)
+            self.missed += letter == MISSED
         except Exception as error:
             letter = "F"
             self.runs += 1
@@ -88,7 +90,8 @@ class Table:
     def end(self):
         self.took.sort(reverse=True)
         longest = "; ".join(f"{case}: {seconds:.1f} s" for seconds, case in self.took[:5])
-        print(f"\n{self.runs} runs, {len(self.failed)} faults; what took longest to be well again: {longest}")
+        missed = f" ({self.missed} more missed their victim)" if self.missed else ""
+        print(f"\n{self.runs} runs{missed}, {len(self.failed)} faults; what took longest to be well again: {longest}")
         for name, why, trace in self.failed:
             print(f"\nFAULT {name}: {why}\n{trace}")
         return 1 if self.failed else 0
