@@ -286,22 +286,22 @@ def test_no_card_needs_no_bridge(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("policy", "names", "bridge", "allowed"),
+    ("policy", "names", "bridge", "given"),
     [
-        (HostPolicy("", ()), ["br0", "dmz"], "br0", True),  # a nic line of the config has it
-        (HostPolicy("", ()), ["br0", "dmz"], "dmz", False),
-        (HostPolicy("", ("dmz",)), ["br0", "dmz"], "dmz", True),
-        (HostPolicy("dmz", ()), ["br0", "dmz"], "dmz", True),
-        (HostPolicy("dmz", ()), ["br0", "dmz"], "", True),
-        (HostPolicy("", ()), ["dmz"], "dmz", True),  # there is nothing to choose from
-        (HostPolicy("", ()), ["dmz"], "", True),
+        (HostPolicy("", ()), ["br0", "dmz"], "br0", "br0"),  # a nic line of the config has it
+        (HostPolicy("", ()), ["br0", "dmz"], "dmz", None),
+        (HostPolicy("", ("dmz",)), ["br0", "dmz"], "dmz", "dmz"),
+        (HostPolicy("dmz", ()), ["br0", "dmz"], "dmz", "dmz"),
+        (HostPolicy("dmz", ()), ["br0", "dmz"], "", "dmz"),
+        (HostPolicy("", ()), ["dmz"], "dmz", "dmz"),  # there is nothing to choose from
+        (HostPolicy("", ()), ["dmz"], "", "dmz"),
     ],
 )
-def test_which_bridges_a_running_guest_may_be_given(there, ended, policy, names, bridge, allowed):
+def test_which_bridges_a_running_guest_may_be_given(there, ended, policy, names, bridge, given):
     there[:] = names
     book, nic = Book(policy), NicGrant(1, bridge, "00:16:3e:00:00:02")
-    if allowed:
-        assert book.bridged(nic, grants()).bridge == bridge or bridge == ""
+    if given:
+        assert book.bridged(nic, grants()).bridge == given
         return
     with pytest.raises(XenvmError, match="the bridge dmz is not open to this VM") as caught:
         book.plug(Plug(1, (), (nic,)), grants(), [])
