@@ -6,21 +6,20 @@ nothing is left. XENVM_TEST_EXAMPLES says how many runs.
 """
 
 import os
-import time
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from hypothesis.strategies import sampled_from
-from vms import SimulatedHost, Vm, kill, until
+from vms import MIB, SimulatedHost, Vm, kill, until
 
 from xenvm.cli.client import NoMonitorError
-from xenvm.errors import BusyError, TimeoutExpiredError, WrongStateError, XenvmError
+from xenvm.errors import BusyError, ExitCode, TimeoutExpiredError, WrongStateError, XenvmError
 from xenvm.supervisor.states import State
 
 POLICIES = ["destroy", "reboot", "preserve"]
 KILLS = 3  # of one run: the broker gives up when its children die more often than five times a minute
 COMMAND_S = 30.0
-ANSWER_S = 5.0  # of a status, on a machine that runs other tests too
+ANSWER_S = 5.0  # of a status, on a machine that runs other tests too, and by the supervisor that follows a dead one
 
 
 class Life(RuleBasedStateMachine):
@@ -34,6 +33,10 @@ class Life(RuleBasedStateMachine):
 
     @initialize(halt=sampled_from(POLICIES), reboot=sampled_from(POLICIES), crash=sampled_from(POLICIES))
     def begin(self, halt, reboot, crash):
+        self.folder = self.host.directory()
+        self.disk, self.image = self.folder / "disk.img", self.folder / "guest.img"
+        self.disk.write_bytes(bytes(MIB))
+        self.disk.chmod(0o666)
         settings = {"on_halt": halt, "on_reboot": reboot, "on_crash": crash}
         self.vm = Vm(self.host, self.host.directory(), words="xenvm.boot_ms=1 xenvm.obey_ms=1", **settings)
         self.vm.start()
@@ -41,6 +44,20 @@ class Life(RuleBasedStateMachine):
 
     def alive(self):
         return self.monitored
+
+    def there(self):
+        """What there is of the VM: all that `status` says and lasts, the domains, and every device on the host."""
+        status = self.vm.status()
+        lasting = {key: value for key, value in status.items() if key not in ("busy", "step", "progress")}
+        devices = [path for path in self.host.xenstore() if "/vbd/" in path or "/vif/" in path]
+        return lasting, self.host.domains(), self.host.devices(), devices
+
+    def refused(self, before):
+        """Assert that a command which was refused has changed nothing."""
+        settled = before[0]["state"] not in ("rebooting", "shutdowning", "creating-domain", "suspending", "restoring")
+        after = self.there()
+        if settled and (after[0]["state"], after[0]["domid"]) == (before[0]["state"], before[0]["domid"]):
+            assert after == before  # else the guest did something by itself meanwhile
 
     @precondition(alive)
     @rule(
@@ -50,24 +67,54 @@ class Life(RuleBasedStateMachine):
                 *(("shutdown", {"timeout": "2"}), ("shutdown", {"force": "true"})),
                 *(("restart", {"timeout": "2"}), ("restart", {"force": "true"})),
                 *(("disk-list", {}), ("nic-add", {}), ("nic-del", {"id": "0", "force": "true"}), ("doctor", {})),
+                *(("disk-add", {"device": "xvdb"}), ("disk-del", {"device": "xvdb", "force": "true"})),
                 *(("status", {}), ("domid", {}), ("read-config", {})),
             ]
         )
     )
     def ask(self, command):
         method, params = command
-        before = self.host.domains(), self.vm.state
+        before = self.there()
         try:
             with self.vm.connect(COMMAND_S) as monitor:
+                if method == "disk-add":
+                    monitor.handed = os.open(self.disk, os.O_RDWR)
                 monitor.call(method, **params)
         except (WrongStateError, BusyError):
-            settled = before[1] not in ("rebooting", "shutdowning", "creating-domain")
-            if settled and self.vm.state == before[1]:  # else the guest did something by itself meanwhile
-                assert self.host.domains() == before[0]
+            self.refused(before)
         except TimeoutExpiredError as error:
             assert "no reply from monitor" not in error.message
         except XenvmError as error:
             assert error.message
+
+    @precondition(alive)
+    @rule(words=sampled_from([("suspend", "timeout=2"), ("checkpoint", "timeout=2")]))
+    def an_image_is_written(self, words):
+        if self.with_image(*words) == 0:
+            assert self.image.stat().st_size > MIB
+
+    @precondition(alive)
+    @rule(words=sampled_from([("restore",), ("restore", "paused=true"), ("restore", "delete=true")]))
+    def an_image_is_restored(self, words):
+        if not self.image.exists():
+            self.with_image("suspend", "timeout=2")
+        there = self.image.exists()
+        if self.with_image(*words) == 0 and "delete=true" in words:
+            assert not self.image.exists()
+        else:
+            assert self.image.exists() == there
+
+    def with_image(self, command, *words):
+        """Run xenvm-cmd, which opens the image; nothing is left beside it. Return the exit status."""
+        before = self.there()
+        done = self.host.run("xenvm-cmd", self.vm.uuid, command, str(self.image), *words)
+        if done.returncode in (ExitCode.WRONG_STATE, ExitCode.BUSY):
+            self.refused(before)
+        elif done.returncode:
+            assert done.stderr
+            assert done.returncode != ExitCode.USAGE, done.stderr
+        assert {path.name for path in self.folder.iterdir()} - {"guest.img"} == {"disk.img"}
+        return done.returncode
 
     @rule(reason=sampled_from([0, 1, 3, 4]))
     def guest_ends(self, reason):
@@ -124,9 +171,7 @@ class Life(RuleBasedStateMachine):
     def status_answers(self):
         if not self.monitored:
             return
-        begin = time.monotonic()
-        until(self._answers, "status is answered", 20)  # a supervisor that died is being replaced
-        assert self.kills or time.monotonic() - begin < ANSWER_S
+        until(self._answers, "status is answered", ANSWER_S)  # also while a supervisor that died is being replaced
 
     def _answers(self):
         try:
