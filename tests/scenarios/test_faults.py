@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What dies, and what must not die with it."""
 
+import os
 import re
 import signal
 import time
@@ -140,14 +141,25 @@ def test_kill_9_of_the_builder_during_a_start(host, vm):
 
 @pytest.mark.long
 def test_kill_9_of_broker_and_builder_during_a_start(host, vm):
+    """Both at once, so that neither sees the other's end: half a domain stays, and the next start removes it."""
     guest = vm()
     host.slow()
     starting = guest.begin()
     until(lambda: guest.uuid in host.domains() or starting.poll() is not None, "half a domain")
-    kill(guest.broker())
-    starting.communicate(timeout=60)
-    guest.start()  # removes what was left, and starts
+    broker = guest.broker()
+    os.kill(broker, signal.SIGSTOP)
+    builder = guest.pids().get("builder", 0)
+    for pid in filter(None, (builder, broker)):
+        kill(pid)
+    text = starting.communicate(timeout=60)[0]
+    assert builder, f"it was not in time: {text}"
+    assert starting.returncode, f"it was not in time: {text}"
+    until(lambda: not host.processes(), "all of the monitor has ended", 20)
+    half = host.domains()[guest.uuid]
+    guest.start()
     guest.up()
+    assert guest.boots() == 1
+    assert host.domains()[guest.uuid] != half
 
 
 def test_a_monitor_that_is_ended_in_a_start_leaves_nothing(host, vm):
