@@ -9,11 +9,14 @@ import prctl
 import pytest
 
 from xenvm.boundary.confine import confine
+from xenvm.boundary.frames import Channel
 from xenvm.boundary.messages import Failed, Hello
 from xenvm.boundary.privileges import TABLE, Role
 from xenvm.boundary.workers import Connect, Decrypt
 from xenvm.broker.children import Child
+from xenvm.errors import ExitCode
 from xenvm.helpers.storage import crypt, nbd
+from xenvm.helpers.storage.main import main
 
 WAIT_S = 60
 
@@ -50,14 +53,45 @@ def test_a_request_without_its_descriptors(count, tmp_path):
     assert "connects, decrypts or releases" in answer.fault.message
 
 
-@pytest.mark.skipif(os.path.exists(nbd.MODULE), reason="the module is loaded")
-def test_without_the_module_it_says_how_to_load_it(tmp_path):
+def ask_with_module(path, message, descriptors):
+    """The same of a worker that looks for the kernel's module at another path: it is forked, all else is as it is."""
+    ours, theirs = Channel.pair()
+    child = os.fork()
+    if child == 0:
+        status = 99
+        try:
+            nbd.MODULE = str(path)
+            os.dup2(theirs.fileno(), 3)
+            status = main()
+        finally:
+            os._exit(status)
+    theirs.close()
+    hello, _ = ours.receive(deadline_s=WAIT_S)
+    ours.send(message, descriptors)
+    answer, _ = ours.receive(deadline_s=WAIT_S)
+    ours.close()
+    return json.loads(hello.proof), answer, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize(
+    ("partitions", "words"),
+    [(None, "an image needs the kernel's module nbd, which is not loaded"), ("16\n", "(max_part=16)")],
+)
+def test_without_the_module_as_it_should_be_it_says_how_to_load_it(partitions, words, tmp_path):
+    """Whether the module is loaded here or not."""
+    module = tmp_path / "nbd"
+    if partitions:
+        (module / "parameters").mkdir(parents=True)
+        (module / "parameters/max_part").write_text(partitions)
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        _, answer, _ = ask(Connect(1 << 20, 1, False, "xenvm-test"), [ours.fileno()], tmp_path)
+        message = Connect(1 << 20, 1, False, "xenvm-test")
+        proof, answer, status = ask_with_module(module, message, [ours.fileno()])
+    assert proof["seccomp"] == 2
     assert isinstance(answer, Failed)
-    assert "module nbd" in answer.fault.message
+    assert words in answer.fault.message
     assert "modprobe nbd max_part=0" in answer.fault.hint
+    assert status == ExitCode.FAILED
 
 
 def test_its_filter_lets_it_ask_the_kernel(tmp_path):
