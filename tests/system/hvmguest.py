@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import threading
+import time
 import tty
 from pathlib import Path
 
@@ -84,6 +85,18 @@ class Serial:
         found = self.until(r"GUEST-UP ([0-9a-f]{8}) ([0-9a-f]{8}) ([0-9a-f]{8}) ([0-9a-f]{8})\r\n")
         return [int(word, 16) for word in found.groups()]
 
+    def drives(self):
+        """The disks that the firmware has found: number, and the letters that the second sector of each begins with."""
+        before = len(self.text)
+        self.write("d")
+        until(lambda: "END" in self.text[before:], "the boot sector has read all disks", PATIENCE_S)
+        return re.findall(r"^DRIVE 000000([0-9a-f]{2}) (\S*)\r$", self.text[before:], re.MULTILINE)
+
+    def ticks_on(self):
+        """Wait until the guest says that it goes on."""
+        before = len(self.text)
+        until(lambda: "tick 1" in self.text[before:], "the guest goes on", PATIENCE_S)
+
     def write(self, line):
         os.write(self.terminal, f"{line}\n".encode())
 
@@ -97,6 +110,13 @@ class Serial:
         text = said.partition("-END\r\n")[2] if f"{line}; echo" in said else said
         lines = text[: text.find("END-")].replace("\r", "").split("\n")
         return "\n".join(one for one in lines if not re.fullmatch(r"tick \d+", one)).strip()
+
+
+def minutes_ahead(clock):
+    """How far the hour and minute that a boot sector has read are ahead of dom0's UTC."""
+    hour, minute = (int(f"{clock >> shift & 0xFF:02x}") for shift in (8, 0))  # BCD
+    now = time.gmtime()
+    return (60 * (hour - now.tm_hour) + minute - now.tm_min + 720) % 1440 - 720
 
 
 def models():

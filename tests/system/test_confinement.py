@@ -8,7 +8,6 @@ import re
 import socket
 import struct
 import subprocess
-import time
 from pathlib import Path
 
 from conftest import kill, processes, run, until
@@ -125,22 +124,6 @@ def test_the_guest_may_write_only_its_own_nodes(vm):
         "error",
         "console/backend-id",
     }
-
-
-def test_an_idle_monitor_sleeps(vm):
-    guest = vm()
-    guest.start()
-    guest.up()
-    time.sleep(3)
-    pids = guest.pids()
-
-    def switches():
-        found = [status_of(pid) for pid in pids.values()]
-        return [int(one["voluntary_ctxt_switches"]) + int(one["nonvoluntary_ctxt_switches"]) for one in found]
-
-    before = switches()
-    time.sleep(10)
-    assert switches() == before
 
 
 def test_an_old_client_is_answered(vm):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """HVM guests: firmware, device model, disks, screen, keys, and what happens when the device model ends."""
 
-import contextlib
 import ctypes
 import hashlib
 import os
@@ -10,13 +9,12 @@ import signal
 import socket
 import struct
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from conftest import MIB, domains, kill, run, until
-from hvmguest import LOAD_S, Serial, disc, model, models
-
-from xenvm.errors import XenvmError
+from hvmguest import LOAD_S, Serial, disc, minutes_ahead, model, models
 
 PIDFD_GETFD = 438  # asm/unistd_64.h
 TIMER_MODE, HPET_ENABLED, VPT_ALIGN, VIRIDIAN = 10, 11, 16, 9  # HVM_PARAM_* of xen/hvm/params.h
@@ -64,11 +62,12 @@ def test_a_guest_boots_from_its_disk_with_a_device_model_without_privilege(hvm, 
     verdicts = [line.split()[1] for line in tried]
     assert "pass" in verdicts
     assert set(verdicts) <= {"pass", "checking"}, tried  # each is announced, then judged: pass, fail or maybe
-    basic, extended, hypervisor, _ = serial.processor()
+    basic, extended, hypervisor, clock = serial.processor()
     assert basic & PAE
     assert basic & APIC
     assert extended & NX
     assert hypervisor == XEN
+    assert abs(minutes_ahead(clock)) <= 3
     serial.up()
     assert guest.cmd("get-acpi-state").stdout == "0\n"
     guest.cmd("get-vnc", code=5)
@@ -83,6 +82,27 @@ def test_a_device_model_that_dies_is_a_crash(hvm, disk):
     kill(model(guest))
     assert "crash" in guest.until("shutdown", 60)["reason"]
     assert guest.uuid not in domains()
+
+
+def test_a_device_model_that_stands_still_ends_with_its_domain(hvm, disk):
+    """It is not asked: a stopped process would not answer."""
+    guest = hvm(disk=f"{disk()}:file:hda:w:disk", boot="c")
+    guest.start()
+    os.kill(model(guest), signal.SIGSTOP)
+    guest.cmd("destroy")
+    assert guest.state == "shutdown"
+    assert models() == {}
+    assert guest.uuid not in domains()
+
+
+@pytest.mark.long
+def test_an_idle_monitor_of_an_hvm_guest_sleeps(hvm, disk):
+    """Neither its device model nor its sleep state is asked for."""
+    guest = hvm(disk=f"{disk()}:file:hda:w:disk", boot="c")
+    guest.start()
+    Serial(guest).up()
+    until(lambda: guest.sleeps(1), "it has done what follows a start", 60)
+    assert guest.sleeps(10)
 
 
 @pytest.mark.long
@@ -103,7 +123,7 @@ def test_the_policy_for_a_crash_holds_for_a_device_model_that_dies(hvm, disk):
 
 
 @pytest.mark.long
-def test_a_device_model_that_dies_while_no_monitor_is_there_or_in_a_start(hvm, disk):
+def test_a_device_model_that_dies_while_no_monitor_is_there(hvm, disk):
     guest = hvm(disk=f"{disk()}:file:hda:w:disk", boot="c")
     guest.start()
     broker, pid = guest.broker(), model(guest)
@@ -113,13 +133,32 @@ def test_a_device_model_that_dies_while_no_monitor_is_there_or_in_a_start(hvm, d
     until(lambda: not models(), "the device model is gone", 30)
     guest.start()
     assert "crash" in guest.until("shutdown", 60)["reason"]
-    starting = guest.begin_cmd("start")
-    until(models, "a device model is started", 60)
-    kill(next(iter(models())))
-    assert starting.wait(120) in (0, 1)  # QEMU may have been whole already: then the guest has crashed
-    starting.communicate()
-    guest.until("shutdown", 60)
-    assert models() == {}
+
+
+@pytest.mark.long
+def test_a_device_model_that_dies_in_a_start(hvm, disk):
+    """It is stopped as soon as it is there, so that the start waits for it, and then killed."""
+    guest = hvm(disk=f"{disk()}:file:hda:w:disk", boot="c")
+    hits = 0
+    for _ in range(4):
+        starting = guest.begin()
+        pid = next(iter(until(models, "a device model is started", 60)))
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(2)
+        waited = starting.poll() is None
+        kill(pid)
+        text = starting.communicate(timeout=120)[0]
+        until(lambda: not models(), "the device model is gone", 30)
+        if starting.returncode == 0:  # it had come up before it was stopped
+            guest.end()
+            continue
+        hits += 1
+        assert waited, text
+        assert starting.returncode == 1, text
+        assert "device model: " in text
+        assert "died of SIGKILL" in text
+        until(lambda: guest.left() == [], f"nothing is left of {guest.left()}", 30)
+    assert hits >= 2
 
 
 @pytest.mark.long
@@ -214,6 +253,9 @@ def test_what_linux_sees_of_the_other_keys(hvm, tmp_path, image):
     content = "echo $(head -c 12 /dev/{} | tr -d '\\0')"  # a whole line: else a tick stands behind it
     found = {serial.shell(content.format(name)) for name in ("xvda", "xvdb", "xvde")}
     assert found == {"this is hda", "this is sdb", "this is xvde"}
+    other = image("other.iso", MIB, b"another disc")
+    guest.cmd("cd-insert", "device=hdc", f"path={other}")
+    until(lambda: "another disc" in serial.shell(content.format("sr0")), "it reads the disc that was inserted", 60)
     first = guest.domid
     guest.cmd("restart", "timeout=60")
     assert guest.domid != first
@@ -221,7 +263,7 @@ def test_what_linux_sees_of_the_other_keys(hvm, tmp_path, image):
 
 @pytest.mark.long
 def test_what_a_boot_sector_sees_of_the_keys(hvm, disk):
-    """The processor as the keys have it, a serial port over TCP, and what only Xen can tell of the timers."""
+    """Processor and clock as the keys have them, a serial port over TCP, and what only Xen can tell of the timers."""
     guest = hvm(
         disk=[f"{disk()}:file:hda:w:disk", f"{disk()}:file:sdb:w:disk"],
         boot="c",
@@ -229,6 +271,7 @@ def test_what_a_boot_sector_sees_of_the_keys(hvm, disk):
         nx="false",
         viridian="true",
         hpet="false",
+        timeoffset=7200,
         serial="tcp:127.0.0.1:4555",
         **{"vpt-align": "false", "timer-mode": 2},
     )
@@ -242,10 +285,11 @@ def test_what_a_boot_sector_sees_of_the_keys(hvm, disk):
                 piece = port.recv(4096)
                 assert piece, said
                 said += piece
-    basic, extended, hypervisor, _ = (int(word, 16) for word in said.partition(b"GUEST-UP ")[2].split()[:4])
+    basic, extended, hypervisor, clock = (int(word, 16) for word in said.partition(b"GUEST-UP ")[2].split()[:4])
     assert not basic & PAE
     assert not extended & NX
     assert hypervisor == MICROSOFT
+    assert abs(minutes_ahead(clock) - 120) <= 3
     program = (
         "import sys; from xenvm.helpers.builder.xen import Hypervisor; xen = Hypervisor();"
         "print(*(xen.parameter(int(sys.argv[1]), int(one), one) for one in sys.argv[2:]))"
@@ -256,7 +300,7 @@ def test_what_a_boot_sector_sees_of_the_keys(hvm, disk):
 
 
 def screenshot(port):
-    """Greet a VNC server as RFC 6143 has it; return width, height, and the bytes of its screen."""
+    """Greet a VNC server as RFC 6143 has it; return width, height, and how often each colour is on its screen."""
     with socket.create_connection(("127.0.0.1", port), timeout=60) as screen:
         stream = screen.makefile("rb")
         greeting = stream.read(12)
@@ -278,7 +322,8 @@ def screenshot(port):
                 _x, _y, wide, high, encoding = struct.unpack(">HHHHi", stream.read(12))
                 assert encoding == 0
                 pixels += stream.read(wide * high * bits // 8)
-        return width, height, pixels
+        size = bits // 8
+        return width, height, Counter(pixels[at : at + size] for at in range(0, len(pixels), size))
 
 
 @pytest.mark.long
@@ -292,10 +337,12 @@ def test_a_disc_in_a_drive_the_screen_and_the_next_monitor(hvm, disk, image):
     assert words[words.index("-k") + 1] == "de"
     serial = Serial(guest)
     serial.up(120)
-    width, height, pixels = screenshot(port)
+    width, height, colours = screenshot(port)
     assert width >= 640
     assert height >= 400
-    assert len(set(pixels)) > 1  # letters
+    (_, ground), (_, letters), *_ = colours.most_common()
+    assert ground > 0.6 * width * height  # a dark screen, and on it some lines of text: a full one is 0.8 percent
+    assert 0.002 < letters / (width * height) < 0.4
     assert guest.cmd("get-stubdomid").stdout.startswith("none")
     broker = guest.broker()
     kill(broker)
@@ -308,20 +355,6 @@ def test_a_disc_in_a_drive_the_screen_and_the_next_monitor(hvm, disk, image):
     until(lambda: "tick 1" in serial.text[before:], "the guest goes on", 60)
     guest.cmd("cd-eject", "hdd")
     guest.cmd("cd-eject", "hda", code=5)
-
-
-@pytest.mark.long
-def test_the_ways_a_guest_ends(hvm, disk):
-    guest = hvm(disk=f"{disk(reboots=True)}:file:hda:w:disk", boot="c")
-    guest.start()
-    first = guest.domid
-    until(lambda: (now := guest.status())["domid"] not in (None, first) and now["state"] == "running", "rebooted", 240)
-    guest.cmd("trigger", "nmi")
-    guest.cmd("trigger", "reset")
-    guest.cmd("trigger", "lid", code=2)
-    assert guest.state == "running"
-    guest.cmd("shutdown", "force=true")
-    assert guest.state == "shutdown"
 
 
 @pytest.mark.long
@@ -372,17 +405,25 @@ def test_a_device_model_that_does_not_start_leaves_nothing(hvm, disk):
 
 @pytest.mark.long
 def test_destroy_at_any_point_of_a_start(hvm, disk):
-    image = disk()
-    for moment in (0.3, 0.6, 1, 1.4, 1.8, 2.3, 3, 4, 5, 7):
-        guest = hvm(disk=f"{image}:file:hda:w:disk", boot="c")
+    """From the first moment the socket answers to the end of the start, in ten steps."""
+    guest = hvm(disk=f"{disk()}:file:hda:w:disk", boot="c")
+    begin = time.monotonic()
+    guest.start()
+    whole_s = time.monotonic() - begin
+    guest.end()
+    hits = 0
+    for step in range(10):
         starting = guest.begin()
-        time.sleep(moment)
-        with contextlib.suppress(XenvmError):
-            guest.ask("destroy")
-        starting.communicate(timeout=120)
+        until(lambda one=starting: guest.socket.exists() or one.poll() is not None, "socket")
+        time.sleep(whole_s * step / 12)
+        guest.cmd("destroy")
+        hits += "destroyed while" in starting.communicate(timeout=120)[0]
+        assert guest.state == "shutdown"
+        assert models() == {}
+        assert guest.uuid not in domains()
         guest.end()
         assert guest.left() == []
-        assert models() == {}
+    assert hits >= 3
 
 
 @pytest.mark.long
