@@ -456,6 +456,19 @@ class Vm:
                     found[words[5]] = pid
         return found
 
+    def sleeps(self, seconds):
+        """Tell whether none of these processes is woken up for so long."""
+
+        def switches():
+            lines = [
+                line for pid in self.pids().values() for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+            ]
+            return [line for line in lines if line.startswith("Pid:") or "ctxt_switches" in line]
+
+        before = switches()
+        time.sleep(seconds)
+        return switches() == before
+
     def pids_left(self):
         """The processes of this monitor, whoever is their parent."""
         return [pid for pid, words in self.host.processes().items() if self.uuid in " ".join(words)]

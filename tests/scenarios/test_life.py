@@ -330,3 +330,13 @@ def test_files_beside_an_image_stay(host, vm):
     guest.end()
     assert sorted(path.name for path in directory.iterdir()) == sorted(names)
     assert all((directory / name).read_bytes() == bytes(1 << 20) for name in names)
+
+
+def test_an_idle_monitor_sleeps(host, vm):
+    """Nothing is polled: once it has done what follows a start, no process of it is woken up."""
+    guest = vm()
+    guest.start()
+    guest.up()
+    until(lambda: guest.sleeps(1), "it has done what follows a start")
+    assert guest.sleeps(4 if host.simulated else 10)
+    assert guest.state == "running"
