@@ -123,9 +123,10 @@ def test_what_has_no_effect_here_is_warned_of_and_no_error(host):
     host.write("hvm = true", "oem-features = 1", "inject-sci = 1")
     status, out, err = host.start("--check")
     assert (status, out) == (0, f"{host.config}: fine\n")
-    first, second, hint = err.splitlines()
+    first, text, second, another, hint = err.splitlines()
     assert first.startswith(f"{host.config}:6: warning: `oem-features`: ")
     assert second.startswith(f"{host.config}:7: warning: `inject-sci`: ")
+    assert (text, another) == ("    oem-features = 1", "    inject-sci = 1")
     assert hint.startswith("    hint: the command trigger")
     assert host.start()[0] == 1  # there is no Xen; the log has them for whoever reads it later
     log = Path(f"{host.log_directory}/{host.uuid}.log").read_text()
@@ -165,17 +166,44 @@ def test_every_file_of_a_disk_that_is_missing_is_an_error(host, option):
     )
     status, out, err = host.start(*option)
     assert (status, out) == (6, "")
-    assert re.findall(rf"a\.cfg:5: ([a-z-]+): .*{host.path}(/[a-z]+)?", err) == [
-        *(("disk", "/none"), ("key-file", "/key"), ("disk", "/gone"), ("disk", "")),
+    assert re.findall(rf"a\.cfg:([5-9]): ([a-z-]+): {host.path}(/[a-z]+)?: ", err) == [
+        *(("5", "disk", "/none"), ("5", "key-file", "/key"), ("6", "disk", "/gone"), ("7", "disk", "")),
     ]
+    assert f"\n    disk = {host.path}/gone:qcow:xvdb:w:disk\n    hint: is the path right?" in err
+    assert err.count("hint: ") == 4
     assert str(image) not in err
 
 
-def test_a_disk_of_type_phy_is_a_block_device(host):
-    host.write(f"disk = {host.kernel}:phy:xvda:w:disk")
-    status, _, err = host.start()
+@pytest.mark.parametrize("option", [(), ("--check",)], ids=str)
+def test_a_disk_of_type_phy_is_a_block_device(host, option):
+    """Of two disks the second is none: told with its own line, alike by a check and by a start."""
+    image = host.path / "image"
+    image.write_bytes(bytes(512))
+    host.write(f"disk = {image}:file:xvda:w:disk", f"disk = {host.kernel}:phy:xvdb:w:disk")
+    status, out, err = host.start(*option)
+    assert (status, out) == (6, "")
+    assert err == (
+        f"{host.config}:6: disk: {host.kernel}: not a block device\n    disk = {host.kernel}:phy:xvdb:w:disk\n"
+        "    hint: the type of a file is file or aio; phy takes a device, as lsblk lists them\n"
+    )
+
+
+def test_a_check_looks_at_the_image_to_start_from(host):
+    host.write(f"startup = restore {host.path}/image")
+    status, out, err = host.start("--check")
+    assert (status, out) == (6, "")
+    assert err.startswith(f"{host.config}:5: startup: {host.path}/image: No such file or directory\n")
+    (host.path / "image").write_bytes(b"x")
+    assert host.start("--check") == (0, f"{host.config}: fine\n", "")
+
+
+def test_who_may_not_read_a_file_is_told_that_a_start_may(host):
+    host.kernel.chmod(0)
+    status, _, err = host.start("--check", user=NOBODY, group=NOBODY, extra_groups=[])
     assert status == 6
-    assert f"disk: {host.kernel}: not a block device; the type of a file is file or aio" in err
+    assert "kernel: " in err
+    assert "hint: a start, by root, may open it" in err
+    assert host.start("--check")[0] == 0
 
 
 def test_a_card_without_a_bridge_to_join_ends_the_start(host):

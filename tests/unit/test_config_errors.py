@@ -5,7 +5,7 @@ import pytest
 
 from xenvm.config.issue import Issue, format_issue
 from xenvm.config.keys import KEYS, REFUSED, Guests
-from xenvm.config.parse import MAX_FILE_BYTES, parse_bytes, parse_text
+from xenvm.config.parse import MAX_FILE_BYTES, Line, parse_bytes, parse_text
 from xenvm.config.reference import EXAMPLE_HVM, EXAMPLE_PV
 from xenvm.errors import ConfigError, ExitCode
 
@@ -267,7 +267,13 @@ def test_partial_and_lines():
     assert [nic.id for nic in result.partial["nics"]] == [1, 0]
     assert result.partial["startup_file"] == "/f"
     assert "vcpus" not in result.partial
-    assert result.lines == {"memory_mib": 1, "vcpus": 2, "disks": 3, "nics": 4, "startup": 6}
+    assert result.lines == {
+        "memory_mib": (Line(1, "memory = 64"),),
+        "vcpus": (),
+        "disks": (),
+        "nics": (Line(4, "nic ="), Line(5, "nic = id=0")),
+        "startup": (Line(6, "startup = restore /f"),),
+    }
 
 
 def test_format():

@@ -3,12 +3,12 @@
 
 import pytest
 
-from xenvm.boundary.machine import Drive, Launch, Launched, Machine, NicModel, Setting, Tap
+from xenvm.boundary.machine import EMULATED_NICS, Drive, Launch, Launched, Machine, NicModel, Setting, Tap
 from xenvm.boundary.privileges import Role
 from xenvm.config.parse import parse_bytes
 from xenvm.helpers.devicemodel import main as worker
 from xenvm.helpers.devicemodel.argv import Descriptors, command
-from xenvm.parser.machine import UNABLE
+from xenvm.parser.machine import EXTRA_LIMIT, HINTS, UNABLE
 from xenvm.parser.main import answer
 
 PLAIN = Machine(
@@ -186,7 +186,9 @@ def test_a_pv_guest_has_no_machine():
 def test_what_an_hvm_guest_does_not_get_is_refused_with_its_line(line, field):
     result = parsed(line + b"\n")
     assert not result.grants
-    assert (4, f"this version of xenvm {UNABLE[field]}") in [(issue.line, issue.message) for issue in result.issues]
+    issues = [(issue.line, issue.message, issue.text, issue.hint) for issue in result.issues]
+    assert (4, f"this version of xenvm {UNABLE[field]}", line.decode(), HINTS[field]) in issues
+    assert HINTS[field]
 
 
 @pytest.mark.parametrize(
@@ -202,7 +204,18 @@ def test_what_an_hvm_guest_does_not_get_is_refused_with_its_line(line, field):
     ],
 )
 def test_a_disk_that_cannot_be_emulated_is_refused(line, why):
-    assert any(why in issue.message for issue in parsed(line + b"\n").issues)
+    """It is the second of two, and told with its own line."""
+    (issue,) = parsed(b"disk = /b:file:xvdz:w:disk\n" + line + b"\n").issues
+    assert (issue.line, issue.text) == (5, line.decode())
+    assert why in issue.message
+    assert issue.hint
+
+
+def test_what_there_is_too_much_of_is_refused_with_the_first_line_that_is():
+    cards = parsed(b"nic =\n" * (EMULATED_NICS + 2)).issues
+    assert [(issue.line, issue.text) for issue in cards] == [(4 + EMULATED_NICS, "nic =")]
+    extra = parsed(b"extra-hvm = a\n" * (EXTRA_LIMIT + 2)).issues
+    assert [(issue.line, issue.text) for issue in extra] == [(4 + EXTRA_LIMIT, "extra-hvm = a")]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from xenvm.boundary.messages import FileNeed, HostPolicy
 from xenvm.config.parse import parse_bytes
 from xenvm.model import derived_mac
 from xenvm.parser.hostpolicy import NO_POLICY
-from xenvm.parser.main import ISSUES_LIMIT, UNABLE, answer
+from xenvm.parser.main import HINTS, ISSUES_LIMIT, UNABLE, answer
 
 FRESH = "99999999-0000-4000-8000-000000000000"
 UUID = "11111111-2222-4333-8444-555555555555"
@@ -39,7 +39,10 @@ def test_a_good_file_becomes_grants_and_policy():
     assert (policy.startup, policy.on_halt, policy.on_reboot, policy.on_crash) == (
         *("started", "destroy", "reboot", "preserve"),
     )
-    assert found.files == (FileNeed("kernel", 1, "/boot/k", "file"), FileNeed("initrd", 4, "/boot/i", "file"))
+    assert found.files == (
+        FileNeed("kernel", 1, "/boot/k", "file", "kernel = /boot/k"),
+        FileNeed("initrd", 4, "/boot/i", "file", "initrd = /boot/i"),
+    )
     assert found.fields["memory"] == "64"
     assert (grants.disks, grants.nics, grants.device_timeout_s, policy.device_timeout_s) == ((), (), 40, 40)
     assert found.host == NO_POLICY
@@ -71,21 +74,47 @@ def test_a_derived_address_follows_the_fresh_uuid():
 
 
 def test_every_file_of_a_disk_must_be_there():
-    """A block device for phy alone; a drive without a disc names none. The line is that of the first disk."""
-    found = parsed(
-        GOOD
-        + b"disk = /dev/vg/a:phy:sda:w:disk\ndisk = /b:file:sdb:w:disk:key-file=/k\ndisk = /c:aio:sdc:w:disk\n"
-        + b"disk = /d:qcow:sdd:w:disk\ndisk = /e:vhd:sde:r:disk\ndisk = :file:sdf:r:cdrom\n"
-    )
+    """A block device for phy alone; a drive without a disc names none. Each has the line that names it."""
+    lines = b"disk = /dev/vg/a:phy:sda:w:disk\ndisk = :file:sdf:r:cdrom\ndisk = /b:file:sdb:w:disk:key-file=/k\n"
+    lines += b"disk = /c:aio:sdc:w:disk\ndisk = /d:qcow:sdd:w:disk\ndisk = /e:vhd:sde:r:disk\n"
+    found = parsed(GOOD + lines)
+    texts = dict(enumerate((GOOD + lines).decode().splitlines(), 1))
     assert [(need.key, need.path, need.kind, need.line) for need in found.files] == [
         ("kernel", "/boot/k", "file", 1),
         ("disk", "/dev/vg/a", "block", 4),
-        ("disk", "/b", "either", 4),
-        ("key-file", "/k", "file", 4),
-        ("disk", "/c", "either", 4),
-        ("disk", "/d", "either", 4),
-        ("disk", "/e", "either", 4),
+        ("disk", "/b", "either", 6),
+        ("key-file", "/k", "file", 6),
+        ("disk", "/c", "either", 7),
+        ("disk", "/d", "either", 8),
+        ("disk", "/e", "either", 9),
     ]
+    assert [need.text for need in found.files] == [texts[need.line] for need in found.files]
+
+
+def test_a_disk_is_told_with_its_own_line_beside_one_that_is_not_understood():
+    found = parsed(GOOD + b"disk = /a:fil:sda:w:disk\ndisk = /b:file:sdb:w:disk\n")
+    assert [issue.line for issue in found.issues] == [4]
+    assert [(need.path, need.line, need.text) for need in found.files][1:] == [
+        ("/b", 5, "disk = /b:file:sdb:w:disk"),
+    ]
+
+
+def test_the_image_to_start_from_must_be_there():
+    found = parsed(GOOD + b"startup = restore-del /srv/i\n")
+    assert found.files[1:] == (FileNeed("startup", 4, "/srv/i", "image", "startup = restore-del /srv/i"),)
+
+
+def test_lines_too_long_for_a_frame_are_left_out_of_what_is_no_error_yet():
+    """64 disks with all that a line can say make an answer without their texts, not an error."""
+    texts = [
+        f"disk = /{number:040}:file:{letter}:w:disk:cipher=aes-xts-plain64:key-size=512:key-file=/{number:040}"
+        for number, letter in enumerate(
+            f"xvd{chr(97 + i // 26 - 1) if i > 25 else ''}{chr(97 + i % 26)}" for i in range(64)
+        )
+    ]
+    found = parsed(GOOD + "\n".join(texts).encode() + b"\n")
+    assert len(found.files) == 129
+    assert {need.text for need in found.files} == {""}
 
 
 def test_the_hosts_policy_comes_along():
@@ -106,7 +135,7 @@ def test_all_errors_come_at_once_with_their_lines():
 def test_files_of_a_bad_config_are_named_too():
     found = parsed(b"kernel = /boot/k\nvcpus = many\n")
     assert found.issues
-    assert found.files == (FileNeed("kernel", 1, "/boot/k", "file"),)
+    assert found.files == (FileNeed("kernel", 1, "/boot/k", "file", "kernel = /boot/k"),)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +148,14 @@ def test_files_of_a_bad_config_are_named_too():
 )
 def test_what_this_version_cannot_do_is_refused_with_its_line(line, field):
     assert set(UNABLE) == {"pci", "display", "cores_per_socket"}
-    assert (4, f"this version of xenvm {UNABLE[field]}") in messages(GOOD + line + b"\n")
+    issues = parsed(GOOD + line + b"\n").issues
+    assert (4, f"this version of xenvm {UNABLE[field]}") in [(issue.line, issue.message) for issue in issues]
+    assert all((issue.text, issue.hint) == (line.decode(), HINTS[field]) for issue in issues)
+
+
+def test_each_line_of_a_key_is_refused():
+    found = messages(GOOD + b"pci = 0,0000:00:1b.0\npci = 1,0000:00:1b.1\n")
+    assert [line for line, _ in found] == [4, 5]
 
 
 @pytest.mark.parametrize(

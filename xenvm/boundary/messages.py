@@ -245,17 +245,19 @@ class Policy(Checked):
 
 
 class FileNeed(Checked):
-    """A file that the config names: `kind` is what it must be, `key` and `line` say where it is named."""
+    """A file that the config names: `kind` is what it must be; `key`, `line` and `text` say where it is named."""
 
     key: str
     line: int
     path: str
     kind: str
+    text: str = ""
     CHECKS: ClassVar = {
         "key": string(64),
         "line": number(0, INT32_MAX),
         "path": _PATH_TEXT,
-        "kind": string(8, forms.one_of("file", "block", "either")),
+        "kind": string(8, forms.one_of("file", "block", "either", "image")),
+        "text": _LINE_TEXT,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import _signal as signal  # `signal` itself builds enumerations at each start
 import _socket as socket  # `socket` itself builds enumerations at each start
+import errno
 import fcntl
 import grp
 import os
@@ -222,27 +223,45 @@ def _version(part: str) -> str:
         os.close(descriptor)
 
 
-def check_files(parsed: Parsed) -> list[ConfigIssue]:
-    """Report the files of the config that cannot be opened, like every other error in it."""
+def check_files(parsed: Parsed, *, adopts: bool) -> list[ConfigIssue]:
+    """Report the files of the config that cannot be opened, like every other error in it.
+
+    Who `adopts` a domain that runs does so without the image that it came from, which may be gone by then.
+    """
     return [
-        ConfigIssue(need.line, "", f"{need.key}: {need.path[:800]}: {why}", "")
+        ConfigIssue(need.line, need.text, f"{need.key}: {need.path[:800]}: {wrong[0]}", wrong[1])
         for need in parsed.files
-        if (why := _missing(need))
+        if not (adopts and need.kind == "image") and (wrong := _missing(need))
     ]
 
 
-def _missing(need: FileNeed) -> str:
-    """Say what is wrong with a file that the config names, "" when nothing is."""
+def _missing(need: FileNeed) -> tuple[str, str] | None:
+    """Say what is wrong with a file that the config names, and what to do about it; None when nothing is."""
     try:
-        if need.kind == "file":
+        if need.kind in ("file", "image"):
             os.close(open_image(need.path))
-            return ""
+            return None
         mode = os.stat(need.path).st_mode  # noqa: PTH116 - pathlib costs 5 ms at each start
     except OSError as error:
-        return error.strerror or str(error)
+        why = error.strerror or str(error)
+        if error.errno in (errno.EACCES, errno.EPERM) and os.geteuid():
+            return why, "a start, by root, may open it: check the file as root"
+        return why, ABSENT[need.key] if error.errno == errno.ENOENT else "is the path right?"
     if need.kind == "block" and not stat.S_ISBLK(mode):
-        return "not a block device; the type of a file is file or aio"
-    return "" if stat.S_ISBLK(mode) or stat.S_ISREG(mode) else "neither a block device nor a regular file"
+        return "not a block device", "the type of a file is file or aio; phy takes a device, as lsblk lists them"
+    if stat.S_ISBLK(mode) or stat.S_ISREG(mode):
+        return None
+    return "neither a block device nor a regular file", "name the file with the disk's content, or a block device"
+
+
+ABSENT: Final = {
+    "kernel": "the kernels of this host are in /boot; a guest's own may be copied out of its disk",
+    "initrd": "the kernel's initrd usually is beside it; a kernel that needs none goes without the line",
+    "disk": "is the path right? `truncate -s 10G FILE` makes an empty disk of type file, `lsblk` lists block devices",
+    "key-file": "is the path right? Without the very key that the disk was written with, it cannot be read",
+    "startup": "suspend and checkpoint write images; restore-del removes its own once the guest is up",
+}
+"""What to say of a file that is not there."""
 
 
 def open_console(path: str) -> int:

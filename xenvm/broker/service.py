@@ -165,7 +165,7 @@ def _parsed(parser: Child, config_file: str) -> Parsed:
         ) from None
     finally:
         parser.end(grace_ms=1000)
-    issues = sorted([*parsed.issues, *host.check_files(parsed)], key=lambda issue: issue.line)
+    issues = sorted([*parsed.issues, *host.check_files(parsed, adopts=True)], key=lambda issue: issue.line)
     if issues or not parsed.grants or not parsed.policy:
         text = "\n".join(issue.show(config_file) for issue in issues)
         raise ConfigError(text or f"{config_file}: refused")

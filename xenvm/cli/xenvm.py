@@ -123,7 +123,7 @@ def _start(path: str, config: int, place: Place, *, foreground: bool) -> int:
 
 
 def _check(path: str, config: int) -> int:
-    """Have the file parsed as for a start, and look whether the files it names can be opened."""
+    """Have the file parsed as for a start, and look at the files it names as a start does."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         try:
@@ -149,17 +149,12 @@ def _check(path: str, config: int) -> int:
 
 
 def _report(path: str, parsed: Parsed) -> int:
-    from xenvm.boundary.messages import ConfigIssue  # noqa: PLC0415 - see above
+    from xenvm.broker.host import check_files  # noqa: PLC0415 - see above
     from xenvm.cli.render import plain  # noqa: PLC0415
 
-    missing = [
-        ConfigIssue(need.line, "", f"{need.key}: cannot read {need.path[:500]}", "")
-        for need in parsed.files
-        if not os.access(need.path, os.R_OK) or os.path.isdir(need.path)  # noqa: PTH112 - pathlib costs 5 ms
-    ]
     for warning in parsed.warnings:
         sys.stderr.write(plain(warning.show(path)) + "\n")
-    issues = [*parsed.issues, *missing]
+    issues = [*parsed.issues, *check_files(parsed, adopts=False)]
     for issue in sorted(issues, key=lambda issue: issue.line):
         sys.stderr.write(plain(issue.show(path)) + "\n")
     if issues:

@@ -19,24 +19,32 @@ if TYPE_CHECKING:
     from typing import Any, Final
 
 
-__all__ = ["MAX_FILE_BYTES", "Issue", "ParseResult", "format_issue", "parse_bytes", "parse_text"]
+__all__ = ["MAX_FILE_BYTES", "Issue", "Line", "ParseResult", "format_issue", "parse_bytes", "parse_text"]
 
 MAX_FILE_BYTES: Final = 256 * 1024
 _MAX_SUGGESTIONS: Final = 100
 _BYTE_ORDER_MARK: Final = "\ufeff"
 
 
+class Line(Record):
+    """A line of the file: its number, from 1 on, and what stands in it."""
+
+    number: int
+    text: str
+
+
 class ParseResult(Record, kw_only=True):
     """What came of a file: a config without issues, or issues without a config.
 
-    `partial` holds the fields that were understood, `lines` the line each field is given in first.
+    `partial` holds the fields that were understood, `lines` the lines that give each of them: one, or of a repeatable
+    key as many as there are values, in their order.
     """
 
     filename: str
     config: Config | None
     partial: Mapping[str, object]
     issues: tuple[Issue, ...]
-    lines: Mapping[str, int]
+    lines: Mapping[str, tuple[Line, ...]]
 
     def report(self) -> str:
         """Return all issues as shown to the user."""
@@ -66,7 +74,8 @@ def parse_text(text: str, filename: str) -> ParseResult:
     issues = [*reader.issues, *check(reader.draft)]
     issues.sort(key=lambda issue: (issue.line == 0, issue.line))
     partial = _values(reader.draft)
-    lines = {name: entries[0].line for name, entries in reader.draft.entries.items()}
+    sound = {name: reader.draft.sound(name) for name in reader.draft.entries}
+    lines = {name: tuple(Line(entry.line, entry.text) for entry in entries) for name, entries in sound.items()}
     config = None
     if not issues:
         config = Config(**_with_defaults(partial, hvm=partial.get("hvm") is True))
@@ -81,8 +90,8 @@ def parse_text(text: str, filename: str) -> ParseResult:
 
 def _too_large(filename: str) -> ParseResult:
     issue = Issue(0, "", "", f"the file is larger than {MAX_FILE_BYTES // 1024} KiB", "is this a config file?")
-    empty: Mapping[str, int] = MappingProxyType({})
-    return ParseResult(filename=filename, config=None, partial=empty, issues=(issue,), lines=empty)
+    nothing: Mapping[str, tuple[Line, ...]] = MappingProxyType({})
+    return ParseResult(filename=filename, config=None, partial=nothing, issues=(issue,), lines=nothing)
 
 
 def _values(draft: Draft) -> dict[str, object]:

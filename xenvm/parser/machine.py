@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 from xenvm.boundary.machine import EMULATED_NICS, Machine, NicModel, Setting
-from xenvm.boundary.messages import ConfigIssue
 from xenvm.model import DiskType, DisplayKind, SerialKind, disk_slot
+from xenvm.parser.issues import issue_at, line_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
     from typing import Final
 
+    from xenvm.boundary.messages import ConfigIssue
     from xenvm.config.schema import Config
     from xenvm.model import DiskSpec
+    from xenvm.parser.issues import Lines
 
 DEFAULT_VIDEO_MIB: Final = 8  # of the cirrus card, which xl gives by default too
 VIDEO_MIB: Final = (8, 16, 32, 64, 128, 256, 512)
@@ -62,7 +64,7 @@ def _choice(value: int | None) -> int:
     return -1 if value is None else int(value)
 
 
-def refused(config: Config, lines: Mapping[str, int]) -> Iterator[ConfigIssue]:
+def refused(config: Config, lines: Lines) -> Iterator[ConfigIssue]:
     """Name every key of an HVM guest that this version cannot act on."""
     given = {
         "diskinfo_pt": config.diskinfo_pt,
@@ -76,19 +78,18 @@ def refused(config: Config, lines: Mapping[str, int]) -> Iterator[ConfigIssue]:
     }
     for field, wrong in given.items():
         if wrong:
-            place = "display" if field == "password_file" else field
-            yield ConfigIssue(lines.get(place, 0), "", f"this version of xenvm {UNABLE[field]}", HINTS.get(field, ""))
-    for disk in config.disks:
-        why = _disk(disk)
+            line = line_of(lines, "display" if field == "password_file" else field, FIRST_TOO_MANY.get(field, 0))
+            yield issue_at(line, f"this version of xenvm {UNABLE[field]}", HINTS[field])
+    for index, disk in enumerate(config.disks):
+        why, hint = _disk(disk)
         if why:
-            yield ConfigIssue(lines.get("disks", 0), "", f"disk {disk.virtpath}: {why}", "")
+            yield issue_at(line_of(lines, "disks", index), f"disk {disk.virtpath}: {why}", hint)
     if len(config.nics) > EMULATED_NICS:
-        yield ConfigIssue(
-            lines.get("nics", 0), "", f"an HVM guest has at most {EMULATED_NICS} network cards", "nic-add adds more"
-        )
+        line = line_of(lines, "nics", EMULATED_NICS)
+        yield issue_at(line, f"an HVM guest has at most {EMULATED_NICS} network cards", "nic-add adds more")
 
 
-def warned(config: Config, lines: Mapping[str, int]) -> Iterator[ConfigIssue]:
+def warned(config: Config, lines: Lines) -> Iterator[ConfigIssue]:
     """Name every key of an HVM guest that is obeyed as far as this goes on a stock host, where nothing acts on it."""
     given = {
         "power_management": config.power_management == 1,
@@ -100,24 +101,25 @@ def warned(config: Config, lines: Mapping[str, int]) -> Iterator[ConfigIssue]:
     for field, odd in given.items():
         if odd:
             message = f"warning: `{field.replace('_', '-')}`: {IDLE[field]}"
-            yield ConfigIssue(lines.get(field, 0), "", message, ADVICE.get(field, ""))
+            yield issue_at(line_of(lines, field), message, ADVICE.get(field, ""))
 
 
-def _disk(disk: DiskSpec) -> str:
+def _disk(disk: DiskSpec) -> tuple[str, str]:
+    """Return why a disk cannot be emulated, "" if it can, and what to write instead."""
     slot = disk_slot(disk.device_number)
     if disk.cdrom and not disk.virtpath.startswith("hd"):
-        return "the CD drives of an HVM guest are hda to hdd"
+        return "the CD drives of an HVM guest are hda to hdd", "use one of these, or devtype disk"
     if disk.cdrom and (disk.crypt or disk.type in (DiskType.QCOW, DiskType.VHD)):
-        return "a disc in a CD drive of an HVM guest is a file or device as it is: phy, file or aio, not encrypted"
+        return "a disc in a CD drive of an HVM guest is a file or device as it is", "use phy, file or aio, not encrypted"
     if not disk.virtpath.startswith(("hd", "sd")):
-        return ""
+        return "", ""
     if slot is None or slot.partition:
-        return "QEMU emulates whole disks only; a partition can be an xvd disk"
+        return "QEMU emulates whole disks only", "a partition can be an xvd disk"
     if slot.family == "hd" and disk.read_only and not disk.cdrom:
-        return "an emulated IDE disk is always writable; use sd or xvd, or devtype cdrom"
+        return "an emulated IDE disk is always writable", "use sd or xvd, or devtype cdrom"
     if slot.family == "sd" and slot.disk >= SCSI_IDS:
-        return "the emulated SCSI bus has room for sda to sdg"
-    return ""
+        return "the emulated SCSI bus has room for sda to sdg", "use xvd for more"
+    return "", ""
 
 
 UNABLE: Final = {
@@ -140,7 +142,13 @@ IDLE: Final = {
     "pci_power_management": _NO_OPTION,
 }
 ADVICE: Final = {"inject_sci": "the command trigger presses the power and the sleep button"}
+FIRST_TOO_MANY: Final = {"extra_hvm": EXTRA_LIMIT}
 HINTS: Final = {
+    "diskinfo_pt": "remove the line",
+    "hap": "remove the line",
+    "serial": "write `serial = pty`; xenvm-cmd UUID console connects to it",
+    "videoram_mib": f"remove the line for {DEFAULT_VIDEO_MIB} MiB, or write one of these numbers",
+    "extra_hvm": "remove lines from this one on",
     "memory_max_mib": "leave memory-max out, or give it the value of memory",
     "display": "write `display = vnc` or `display = none`",
     "password_file": "leave it out; on 127.0.0.1, a tunnel (`ssh -L`) shows the screen to those who may log in",

@@ -20,12 +20,12 @@ from xenvm.boundary.messages import ConfigIssue, FileNeed, Grants, HostPolicy, P
 from xenvm.boundary.privileges import Role
 from xenvm.boundary.processors import Affinity, CpuidRule
 from xenvm.config.dump import fields
-from xenvm.config.issue import visible
-from xenvm.config.parse import MAX_FILE_BYTES, ParseResult, parse_bytes
+from xenvm.config.parse import MAX_FILE_BYTES, Line, ParseResult, parse_bytes
 from xenvm.errors import ConfigError, ProtocolError
 from xenvm.helpers import serve
-from xenvm.model import DiskSpec, DisplayKind, Uuid
+from xenvm.model import DiskSpec, DiskType, DisplayKind, Uuid
 from xenvm.parser.hostpolicy import NO_POLICY, host_policy, prepare
+from xenvm.parser.issues import issue_at, line_of, shown
 from xenvm.parser.machine import machine, refused, warned
 
 TYPE_CHECKING = False
@@ -78,16 +78,20 @@ def _read(descriptor: int) -> bytes:
 
 def answer(result: ParseResult, fresh_uuid: str, host: HostPolicy = NO_POLICY) -> Parsed:
     """Return what the broker needs of a parsed file; `fresh_uuid` serves when the file gives none."""
-    issues = [ConfigIssue(i.line, visible(i.text)[:1000], i.message[:1000], i.hint[:1000]) for i in result.issues]
+    issues = [issue_at(Line(issue.line, issue.text), issue.message, issue.hint) for issue in result.issues]
     config = result.config
     if config is not None:
         issues += _not_yet(config, result)
     values = fields(config) if config is not None else {}
     if sum(map(len, values.values())) > FIELDS_LIMIT_BYTES:
-        issues.append(ConfigIssue(0, "", f"the values add up to more than {FIELDS_LIMIT_BYTES} bytes", ""))
+        message = f"the values add up to more than {FIELDS_LIMIT_BYTES} bytes"
+        issues.append(ConfigIssue(0, "", message, "write fewer lines, or shorter ones"))
     made = _message(result, issues, fresh_uuid, host)
+    if made.grants and not _fits(made):  # without the texts of lines with which all may be well
+        made = made.but(files=tuple(need.but(text="") for need in made.files))
     if made.grants and not _fits(made):
-        issue = ConfigIssue(0, "", "the file says more than a monitor can hold", "")
+        hint = "write fewer lines, or shorter ones"
+        issue = ConfigIssue(0, "", "the file says more than a monitor can hold", hint)
         made = _message(result, [issue], fresh_uuid, host)
     return made
 
@@ -138,18 +142,25 @@ def _some(files: Iterable[FileNeed]) -> Iterator[FileNeed]:
 
 def _files(result: ParseResult) -> Iterator[FileNeed]:
     """Name the files that must be there, also when something else in the config is wrong."""
-    for key in ("kernel", "initrd"):
+    for key, place, kind in (
+        ("kernel", "kernel", "file"),
+        ("initrd", "initrd", "file"),
+        ("startup_file", "startup", "image"),
+    ):
         value = result.partial.get(key)
         if isinstance(value, str) and value:
-            yield FileNeed(key, result.lines.get(key, 0), value, "file")
+            yield _need(line_of(result.lines, place), place, value, kind)
     disks = result.partial.get("disks")
-    line = result.lines.get("disks", 0)
-    for disk in disks if isinstance(disks, tuple) else ():
+    for index, disk in enumerate(disks if isinstance(disks, tuple) else ()):
         if isinstance(disk, DiskSpec) and disk.path:
-            kind = {"phy": "block", "file": "either", "aio": "either"}.get(disk.type.value, "either")
-            yield FileNeed("disk", line, disk.path, kind)
+            line = line_of(result.lines, "disks", index)
+            yield _need(line, "disk", disk.path, "block" if disk.type is DiskType.PHY else "either")
             if disk.crypt:
-                yield FileNeed("key-file", line, disk.crypt.key_file, "file")
+                yield _need(line, "key-file", disk.crypt.key_file, "file")
+
+
+def _need(line: Line, key: str, path: str, kind: str) -> FileNeed:
+    return FileNeed(key, line.number, path, kind, shown(line))
 
 
 def _grants(config: Config, fresh_uuid: str) -> Grants:
@@ -222,12 +233,17 @@ def _not_yet(config: Config, result: ParseResult) -> Iterator[ConfigIssue]:
     }
     for field, given in wanted.items():
         if given:
-            line = result.lines.get(field, 0)
-            yield ConfigIssue(line, "", f"this version of xenvm {UNABLE[field]}", "")
+            for line in result.lines[field]:
+                yield issue_at(line, f"this version of xenvm {UNABLE[field]}", HINTS[field])
 
 
 UNABLE: Final = {
     "pci": "does not pass PCI devices through",
     "display": "gives PV guests no display",
     "cores_per_socket": "does not shape the processor topology",
+}
+HINTS: Final = {
+    "pci": "remove the line; the guest reaches disks and networks of the host by `disk` and `nic`",
+    "display": "remove the line; xenvm-cmd UUID console connects to the guest's console",
+    "cores_per_socket": "remove the line; `vcpus` alone says how many virtual CPUs there are",
 }
