@@ -10,7 +10,7 @@ import pytest
 from supervisor_bench import FAULT, PAUSED, RUNNING, WAIT_S, Monitor, ended
 
 from xenvm.boundary.devices import DeviceState, Kind
-from xenvm.boundary.messages import Op, Plug, Rebridge, Unplug
+from xenvm.boundary.messages import NO_DOMAIN, Op, Plug, Rebridge, Unplug
 from xenvm.errors import ExitCode
 
 DISK = DeviceState(Kind.VBD, 51712, "xvda", 4, 4, False, "phy:/dev/vg/a", "", "")
@@ -92,7 +92,7 @@ def test_an_old_client_gets_the_text(monitor):
     assert client.bare()["result"].startswith("0 ")
 
 
-@pytest.mark.parametrize("command", ["disk-list", "nic-list", *CHANGING, "doctor"])
+@pytest.mark.parametrize("command", ["disk-list", "nic-list", *CHANGING])
 def test_a_vm_that_is_off_has_no_devices_to_ask_about(monitor, command):
     monitor.running()
     client = monitor.client()
@@ -102,6 +102,22 @@ def test_a_vm_that_is_off_has_no_devices_to_ask_about(monitor, command):
     code, text, _ = client.refused(command, **CHANGING.get(command, {}))
     assert (code, text) == (ExitCode.WRONG_STATE, f"{command}: the VM is shutdown")
     assert monitor.nothing_asked()
+
+
+@pytest.mark.parametrize(("params", "op"), [({}, Op.DEVICES), ({"clean": "true"}, Op.FIND)], ids=["list", "clean"])
+def test_a_vm_that_is_off_has_what_an_earlier_failure_left(monitor, params, op):
+    monitor.running()
+    client = monitor.client()
+    client.send("destroy")
+    monitor.done(monitor.asked(Op.DESTROY))
+    client.reply()
+    client.send("doctor", **params)
+    monitor.done(monitor.asked(op), NO_DOMAIN, "image server 4711: no disk uses it", devices=(DISK,))
+    left = ["vbd xvda: left of an earlier domain; doctor clean=true removes it", "image server 4711: no disk uses it"]
+    assert client.reply()["result"]["data"] == left
+    assert monitor.state()["state"] == "shutdown"
+    client.send("start")
+    monitor.asked(Op.BUILD)
 
 
 def test_a_paused_guest_has_its_devices(monitor):

@@ -9,6 +9,7 @@ import time
 
 import pytest
 from conftest import QUIET, json_of, until
+from storewire import WRITE, Wire
 
 # The published example without its disk and nic. Its 64 MiB are 128 here: Debian's kernel alone unpacks to 58 MiB and
 # is loaded at 16 MiB, so no toolstack can start it in 64.
@@ -314,6 +315,40 @@ def test_events_and_wait(host, vm):
 
 
 @pytest.mark.long
+def test_what_is_left_of_a_vm_that_is_off_is_told_and_removed(host, vm):
+    """The record and a disk's nodes of a domain that is long gone, as a destroy leaves them that could not end."""
+    guest = vm(startup="shutdown")
+    guest.start()
+
+    def doctor(*words):
+        """Return what it finds of the VM; the host itself may lack modules."""
+        found = host.run("xenvm-cmd", guest.uuid, "doctor", *words).stdout.splitlines()
+        return [line for line in found if not line.startswith(("udev", "modules"))]
+
+    assert doctor() == []
+    domid, device = 30000, 51712
+    b, f = f"/local/domain/0/backend/vbd/{domid}/{device}", f"/local/domain/{domid}/device/vbd/{device}"
+    record = f"/xenvm/{guest.uuid}"
+    nodes = {f"{record}/domid": domid, f"{record}/phase": "building", f"{f}/state": 1, f"{f}/backend": b}
+    nodes |= {f"{record}/vbd/{device}/{key}": value for key, value in (("domid", domid), ("name", "xvda"))}
+    nodes |= {f"{b}/frontend": f, f"{b}/frontend-id": domid, f"{b}/online": 1, f"{b}/state": 1}
+    before = host.xenstore()
+    with Wire(host.store) as wire:
+        for path, value in nodes.items():
+            assert wire.ask(WRITE, path, tail=str(value).encode()) == b"OK\0"
+    until(lambda: f"vbd-{domid}-{device}" in host.devices()["backends"], "the kernel has the device")
+    assert doctor() == [
+        "vbd xvda: left of an earlier domain; doctor clean=true removes it",
+        f"xenstore: {record} is left of domain {domid}; doctor clean=true removes it",
+    ]
+    assert guest.state == "shutdown"
+    assert doctor("clean") == doctor() == []
+    assert host.xenstore() == before
+    assert f"vbd-{domid}-{device}" not in host.devices()["backends"]
+    guest.cmd("start")
+    guest.up()
+
+
 def test_files_beside_an_image_stay(host, vm):
     """Whatever their names say: a disk is what the config names, and nothing else there is ours."""
     directory = host.directory()

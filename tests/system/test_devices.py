@@ -124,7 +124,10 @@ def test_image_formats_are_served_without_privilege(vm, image, kind, form):
 
 @pytest.mark.long
 def test_what_dead_workers_left_is_named_and_removed(vm, image):
-    """A mapping, and an image server whose broker died before it had noted it: doctor, and the next monitor."""
+    """A mapping, and an image server whose broker died before it had noted it: doctor, and the next monitor.
+
+    Alike when the VM is off.
+    """
     stored = image("disk.qcow2")
     stored.unlink()
     assert run("qemu-img", "create", "-q", "-f", "qcow2", str(stored), str(16 * MIB)).returncode == 0
@@ -154,6 +157,13 @@ def test_what_dead_workers_left_is_named_and_removed(vm, image):
     until(lambda: not processes(), "its processes have ended")
     guest.start()
     until(lambda: (devices(), servers()) == (before, 0), "the next monitor has removed it")
+    guest.cmd("destroy")
+    leave(51776)
+    said = guest.cmd("doctor", code=1).stdout
+    assert f"mapping xenvm-{guest.uuid}-51776: no disk uses it" in said
+    assert re.search(r"image server \d+: no disk uses it", said)
+    assert guest.cmd("doctor", "clean").stdout == ""
+    assert (devices(), servers()) == (before, 0)
 
 
 def servers():

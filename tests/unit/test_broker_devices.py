@@ -30,7 +30,7 @@ from xenvm.boundary.messages import (
 )
 from xenvm.boundary.privileges import Role
 from xenvm.boundary.workers import Decrypt, Join
-from xenvm.broker import book, disks, plugging, tidying, uevents
+from xenvm.broker import book, disks, findings, plugging, strays, tidying, uevents
 from xenvm.broker.phases import PERMITS, VmPhase
 from xenvm.broker.plugging import Wanted
 from xenvm.broker.work import POSTPONED_LIMIT
@@ -666,6 +666,62 @@ def test_a_device_that_something_else_removed_is_tidied_up(bench, kernel):
     assert bench.broker._book.known == {(Kind.VIF, 0)}
     event(bench)
     assert bench.broker._work is None
+
+
+# What an earlier failure has left
+
+
+@pytest.fixture
+def left(monkeypatch):
+    """What dead workers have left, by the disks and servers that are said to be in use."""
+    asked = []
+
+    def find(_uuid, used, servers):
+        asked.append((set(used), set(servers)))
+        return strays.Strays((), (), (f"mapping{len(asked)}",))
+
+    monkeypatch.setattr(strays, "find", find)
+    monkeypatch.setattr(strays, "clear", lambda *_: None)
+    monkeypatch.setattr(findings, "of_host", lambda: ["udev: no rule"])
+    return asked
+
+
+def test_without_a_domain_everything_in_the_record_is_left_over(bench, left):
+    """Also its image servers: they are no longer those of a disk."""
+    bench.known(NO_DOMAIN)
+    bench.ask(Op.DEVICES, sequence=4)
+    job, _ = bench.job()
+    assert (job.op, job.domid, bench.builder.role) == (Op.DEVICES, -1, Role.HOTPLUG)
+    bench.answer(Done(0, NO_DOMAIN, "xenstore: a record", (ADDED,)))
+    said = "udev: no rule\nxenstore: a record\nmapping mapping1: no disk uses it; doctor clean=true removes it"
+    assert bench.heard() == Done(4, NO_DOMAIN, said, (ADDED,))
+    assert left == [(set(), set())]
+    assert bench.broker._book.known == set()
+
+
+def test_what_is_left_of_no_domain_is_removed_as_at_a_start(bench, left):
+    """A builder tells of the devices that it has removed, so that their servers end; nobody else hears of those."""
+    bench.known(NO_DOMAIN)
+    bench.ask(Op.FIND, sequence=4)
+    assert bench.builder.role is Role.BUILDER
+    bench.answer(Done(0, NO_DOMAIN, "", (ADDED,)))
+    said = "udev: no rule\nmapping mapping2: no disk uses it; doctor clean=true removes it"
+    assert bench.heard() == Done(4, NO_DOMAIN, said, ())
+    assert left == [(set(), set())] * 2
+    assert bench.ended == [ADDED.server]
+
+
+def test_with_a_domain_its_disks_and_servers_are_in_use(bench, left):
+    bench.known(RUNNING)
+    bench.ask(Op.DEVICES, sequence=4)
+    bench.answer(Done(0, NO_DOMAIN, "", (SEEN, ADDED)))
+    assert bench.heard().devices == (SEEN, ADDED)
+    assert left == [({51712, 51728}, {ADDED.server})]
+
+
+def test_while_nothing_is_known_of_the_domain_nothing_is_said_to_be_left(bench, left):
+    bench.ask(Op.DEVICES, sequence=4)
+    assert bench.refused(ExitCode.WRONG_STATE) == "devices is not possible while the domain is unknown"
 
 
 def test_an_event_of_another_domain_or_of_none_is_nothing(bench, kernel):

@@ -196,9 +196,9 @@ def test_what_an_hvm_guest_does_not_get_is_refused_with_its_line(line, field):
     [
         (b"disk = /a:file:hda:r:disk", "always writable"),
         (b"disk = /a:file:xvda:r:cdrom", "hda to hdd"),
-        (b"disk = /a:vhd:hdc:r:cdrom", "phy, file or aio"),
-        (b"disk = /a:qcow:hdc:r:cdrom", "phy, file or aio"),
-        (b"disk = /a:file:hdc:r:cdrom:cipher=aes-xts-plain64:key-size=256:key-file=/k", "not encrypted"),
+        (b"disk = /a:vhd:hdc:r:cdrom", "a file or device as it is"),
+        (b"disk = /a:qcow:hdc:r:cdrom", "a file or device as it is"),
+        (b"disk = /a:file:hdc:r:cdrom:cipher=aes-xts-plain64:key-size=256:key-file=/k", "a file or device as it is"),
         (b"disk = /a:file:sdh:w:disk", "sda to sdg"),
         (b"disk = /a:file:hda1:w:disk", "whole disks"),
     ],

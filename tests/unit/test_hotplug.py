@@ -40,8 +40,8 @@ class Bench:
         assert descriptors == []
         return message
 
-    def run(self, op, **what):
-        return hotplug._run(self.channel, self.store, Job(op, UUID, 7, GRANTS, **what))
+    def run(self, op, domid=7, **what):
+        return hotplug._run(self.channel, self.store, Job(op, UUID, domid, GRANTS, **what))
 
     def plug(self, vbd=None, vif=None, **what):
         self.say(Ready((vbd.but(major=7, minor=3),) if vbd else ()))
@@ -233,6 +233,20 @@ def test_looking_and_settling(bench):
     assert bench.run(Op.DEVICES).devices == (DeviceState(Kind.VBD, 51712, "xvda", 2, 1, False, "file:/a", "", ""),)
     devices.write(bench.store, UUID, 7, (CD,), ())
     assert [state.device for state in bench.run(Op.SETTLE).devices] == [51712]
+
+
+def test_looking_where_there_is_no_domain(bench):
+    """It tells of the record, and of the devices in it: neither would be there had their domain ended well."""
+    assert bench.run(Op.DEVICES, domid=-1) == Done(0, NO_DOMAIN, "")
+    bench.plug(PLANNED)
+    bench.store.write(f"/xenvm/{UUID}/domid", "7")
+    nodes = dict(bench.store.nodes)
+    done = bench.run(Op.DEVICES, domid=-1)
+    assert done.text == f"xenstore: /xenvm/{UUID} is left of domain 7; doctor clean=true removes it"
+    assert [state.name for state in done.devices] == ["xvda"]
+    assert bench.store.nodes == nodes
+    bench.store.write(f"/xenvm/{UUID}/domid", "\x1b[31m")
+    assert "is left of a domain;" in bench.run(Op.DEVICES, domid=-1).text
 
 
 @pytest.mark.parametrize("op", sorted(set(Op) - {Op.PLUG, Op.UNPLUG, Op.REBRIDGE, Op.SETTLE, Op.DEVICES}))

@@ -78,12 +78,13 @@ def test_a_domain_is_needed_for_all_that_touches_one():
     built = {op for op, permit in PERMITS.items() if permit.phases == {VmPhase.BUILT}}
     assert built == {
         *(Op.REBUILD, Op.QUERY, Op.PAUSE, Op.UNPAUSE, Op.RESUME, Op.ASK_POWEROFF, Op.ASK_REBOOT, Op.WITHDRAW),
-        *(Op.FORCE_POWEROFF, Op.CONSOLE, Op.DEVICES, Op.PLUG, Op.UNPLUG, Op.REBRIDGE, Op.SETTLE),
+        *(Op.FORCE_POWEROFF, Op.CONSOLE, Op.PLUG, Op.UNPLUG, Op.REBRIDGE, Op.SETTLE),
         *(Op.SAVE, Op.CHECKPOINT),
         *(Op.PRESS_POWER, Op.PRESS_SLEEP, Op.NMI, Op.S_STATE, Op.FALL_ASLEEP, Op.WAKE, Op.ASK_SLEEP),
     }
     absent = {op for op, permit in PERMITS.items() if permit.phases == {VmPhase.ABSENT}}
     assert absent == {Op.BUILD, Op.BUILD_PAUSED, Op.RESTORE, Op.RESTORE_PAUSED}
+    assert PERMITS[Op.DEVICES].phases == {VmPhase.ABSENT, VmPhase.BUILT}  # without one it tells what one has left
 
 
 def test_everything_has_a_limit():

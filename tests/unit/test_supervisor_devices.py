@@ -9,7 +9,20 @@ from hypothesis import strategies as st
 
 from xenvm.boundary.devices import NICS_LIMIT, DeviceState, DiskGrant, Kind, NicGrant
 from xenvm.boundary.frames import decode, encode
-from xenvm.boundary.messages import NO_DOMAIN, Ask, Done, Init, Op, Plug, Policy, Rebridge, Unplug
+from xenvm.boundary.messages import (
+    NO_DOMAIN,
+    Ask,
+    Domain,
+    DomainState,
+    Done,
+    Init,
+    Op,
+    Phase,
+    Plug,
+    Policy,
+    Rebridge,
+    Unplug,
+)
 from xenvm.errors import ExitCode, UsageError, WrongStateError, XenvmError
 from xenvm.model import derived_mac
 from xenvm.supervisor import commands, devices
@@ -20,6 +33,7 @@ INIT = Init(
     *(UUID, "web", "/etc/a.cfg", 64, 1, False, True, os.getpid(), 10, 11),
     *(Policy("started", "destroy", "reboot", "destroy", 60, 25), ("/srv/discs", "/srv/images"), {}),
 )
+RUNNING = Domain(7, DomainState.RUNNING, Phase.BUILT, -1, 65536, 1, 5)
 DISK = DeviceState(Kind.VBD, 51712, "xvda", 4, 4, False, "phy:/dev/vg/a", "", "")
 DISC = DeviceState(Kind.VBD, 51728, "xvdb", 2, 1, True, "file:/a.iso", "", "")
 CARD = DeviceState(Kind.VIF, 0, "0", 5, -1, False, "00:16:3e:00:00:01", "br0", "")
@@ -39,9 +53,9 @@ GOOD = {
 }
 
 
-def asked(name, taken=(), **params):
+def asked(name, taken=(), alive=True, **params):
     commands.check_arguments(name, commands.COMMANDS[name], params)
-    op, message = request(name, 5, params, INIT, taken)
+    op, message = request(name, 5, params, INIT, taken, alive=alive)
     assert decode(encode(message)) == message
     assert message.sequence == 5
     return op, message
@@ -86,6 +100,8 @@ def test_each_command_has_its_request():
     }
     assert asked("disk-list")[1] == Ask(5, Op.DEVICES, "", 0)
     assert asked("doctor", clean="true") == (Op.SETTLE, Ask(5, Op.SETTLE, "", 0))
+    assert asked("doctor", alive=False) == (Op.DEVICES, Ask(5, Op.DEVICES, "", 0))
+    assert asked("doctor", alive=False, clean="true") == (Op.FIND, Ask(5, Op.FIND, "", 0))
 
 
 def test_each_trigger_has_its_request():
@@ -249,8 +265,8 @@ def test_any_parameters_are_a_request_that_the_broker_takes_or_an_error(name, da
 # Answers
 
 
-def done(*states, text=""):
-    return Done(5, NO_DOMAIN, text, states)
+def done(*states, text="", domain=RUNNING):
+    return Done(5, domain, text, states)
 
 
 def test_a_list_of_disks():
@@ -328,6 +344,15 @@ def test_a_doctor_names_devices_that_are_not_whole_and_what_the_broker_found():
         "nbd: gone",
     ]
     assert text == "\n".join(data)
+
+
+def test_a_doctor_names_every_device_of_a_domain_that_is_gone():
+    _, data = answer("doctor", done(DISK, CARD, text="xenstore: /xenvm/x is left", domain=NO_DOMAIN))
+    assert data == [
+        "vbd xvda: left of an earlier domain; doctor clean=true removes it",
+        "vif 0: left of an earlier domain; doctor clean=true removes it",
+        "xenstore: /xenvm/x is left",
+    ]
 
 
 def test_a_device_command_is_never_about_another_vm():

@@ -32,6 +32,7 @@ class Permit(Record):
 _ANY: Final = frozenset(VmPhase)
 _BUILT: Final = frozenset({VmPhase.BUILT})
 _ABSENT: Final = frozenset({VmPhase.ABSENT})
+_LOOKED: Final = _BUILT | _ABSENT
 _SHORT_S: Final = 60.0  # one small thing; what a helper takes to come up is not in it
 
 PERMITS: Final[Mapping[Op, Permit]] = MappingProxyType(
@@ -61,7 +62,7 @@ PERMITS: Final[Mapping[Op, Permit]] = MappingProxyType(
         Op.RESTORE: Permit(_ABSENT, 30, 720),
         Op.RESTORE_PAUSED: Permit(_ABSENT, 30, 720),
         Op.CANCEL: Permit(_ANY, 120, 0),
-        Op.DEVICES: Permit(_BUILT, 600, _SHORT_S),
+        Op.DEVICES: Permit(_LOOKED, 600, _SHORT_S),
         Op.PLUG: Permit(_BUILT, 600, 120),
         Op.UNPLUG: Permit(_BUILT, 600, 60),
         Op.REBRIDGE: Permit(_BUILT, 600, _SHORT_S),

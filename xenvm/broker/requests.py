@@ -96,7 +96,7 @@ def note(book: Book, work: Work, done: Done) -> None:
         book.removed(*work.change.gone)
     elif work.op is Op.REBRIDGE:
         book.moved(work.change.wanted.vifs[0], done.devices)
-    if work.op in REBUILDING | ON_DEVICES | {Op.FIND}:
+    if work.op in REBUILDING | ON_DEVICES | {Op.FIND} and not _of_none(work):
         book.seen(done.devices)
     if work.op in REBUILDING | {Op.SAVE, Op.CHECKPOINT, Op.RESUME}:
         book.saved = work.op is Op.SAVE
@@ -111,13 +111,22 @@ def note(book: Book, work: Work, done: Done) -> None:
         book.domain_gone(for_good=not book.saved and work.meant is not Op.REBUILD)  # which is done once more
 
 
+def _of_none(work: Work) -> bool:
+    """Tell whether the devices that a job has seen are of no domain, but what one has left."""
+    return work.op is Op.DEVICES and work.domid < 0
+
+
 def told(work: Work, done: Done, known: Domain, uuid: str, book: Book) -> Done:
     """Return what a supervisor hears of a job: no more of its helper's words than it has to know."""
     text = done.text if work.op in ON_DEVICES | SAVING | {Op.S_STATE} else ""
-    if work.op in (Op.DEVICES, Op.SETTLE):
+    if work.op in (Op.DEVICES, Op.SETTLE, Op.FIND):
         left = strays.find(uuid, book.disks, book.servers)
-        text = "\n".join([*findings.of_host(), *left.sentences()])
-    return Done(work.sequence, known if work.op in ON_DEVICES else done.domain, text, done.devices)
+        text = "\n".join(
+            [*findings.of_host(), *([done.text] if _of_none(work) and done.text else []), *left.sentences()]
+        )
+    gone = work.op is Op.FIND and done.domain.state is DomainState.ABSENT  # and its devices with it, which were told of
+    devices = () if gone else done.devices
+    return Done(work.sequence, known if work.op in ON_DEVICES else done.domain, text, devices)
 
 
 def undone(work: Work) -> Change:

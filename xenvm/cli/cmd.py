@@ -21,7 +21,7 @@ from xenvm.cli.client import (
     is_uuid,
     socket_directory,
 )
-from xenvm.cli.verbs import BARE_WORD, VERBS, manual
+from xenvm.cli.verbs import BARE_WORD, SWITCH, VERBS, manual
 from xenvm.errors import ExitCode, PermissionRefusedError, ProtocolError, TimeoutExpiredError, UsageError, XenvmError
 
 TYPE_CHECKING = False
@@ -108,6 +108,8 @@ def _params(command: str, words: Sequence[str]) -> dict[str, str]:
     bare = BARE_WORD.get(command, "")
     for word in words:
         key, equals, value = word.partition("=")
+        if not equals and word == SWITCH.get(command):
+            equals, value = "=", "true"
         if not equals or (bare and set(key) & set("/:")):  # a disk's own fields have options of this form
             if not bare:
                 raise UsageError(f"{command}: not of the form key=value: {word}", hint="`xenvm-cmd help` shows how")

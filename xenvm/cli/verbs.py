@@ -6,15 +6,19 @@ A monitor may know more, and other names for these; xenvm-cmd passes on what it 
 
 
 class Verb:
-    """One command: its arguments as written in the help, and the parameter that a single bare word stands for."""
+    """One command: its arguments as written in the help, and the parameter that a single bare word stands for.
 
-    __slots__ = ("arguments", "bare", "name", "summary")
+    `switch` is a parameter whose own name is enough to turn it on.
+    """
 
-    def __init__(self, name: str, arguments: str, summary: str, *, bare: str = "") -> None:
+    __slots__ = ("arguments", "bare", "name", "summary", "switch")
+
+    def __init__(self, name: str, arguments: str, summary: str, *, bare: str = "", switch: str = "") -> None:
         self.name = name
         self.arguments = arguments
         self.summary = summary
         self.bare = bare
+        self.switch = switch
 
     @property
     def usage(self) -> str:
@@ -88,8 +92,10 @@ VERBS = (
     Verb("nic-network-switch", "ID bridge=B", "move a network card to another bridge", bare="id"),
     Verb(
         "doctor",
-        "[clean=true]",
-        "list what is missing or left over for the VM's devices; exit status 1 when there is any",
+        "[clean]",
+        "list what is missing or left over for the VM's devices, also of one that is off, exit status 1 when there is "
+        "any; or remove what is left over",
+        switch="clean",
     ),
     Verb("read-config", "", "read the config file of the VM again"),
     Verb("events", "", "print each event as one JSON object a line, until the monitor ends"),
@@ -100,6 +106,7 @@ VERBS = (
 )
 
 BARE_WORD = {verb.name: verb.bare for verb in VERBS if verb.bare}
+SWITCH = {verb.name: verb.switch for verb in VERBS if verb.switch}
 
 
 def manual() -> str:

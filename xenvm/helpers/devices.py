@@ -250,6 +250,16 @@ def listed(store: Store, uuid: str) -> list[Place]:
     ]
 
 
+def leftover(store: Store, uuid: str) -> str:
+    """Say what our record tells of a domain that is not there, "" when there is none."""
+    record = f"{RECORDS}/{uuid}"
+    value = store.read(f"{record}/domid")
+    if value is None and not store.names(record):
+        return ""
+    whose = f"domain {int(value)}" if value and value.isdigit() else "a domain"
+    return f"xenstore: {record} is left of {whose}; doctor clean=true removes it"
+
+
 def is_cdrom(store: Store, domid: int, device: int) -> bool:
     """Tell whether a disk was plugged as a disc in a CD drive."""
     return store.read(f"{backend_path(Kind.VBD, domid, device)}/device-type") == b"cdrom"

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from xenvm.boundary.devices import NICS_LIMIT, DeviceState, DiskGrant, Kind, NicGrant, is_bridge, is_mac
-from xenvm.boundary.messages import Ask, Done, Init, Op, Plug, Rebridge, Unplug
+from xenvm.boundary.messages import Ask, DomainState, Done, Init, Op, Plug, Rebridge, Unplug
 from xenvm.errors import ExitCode, ProtocolError, UsageError, WrongStateError, XenvmError
 from xenvm.model import Uuid, derived_mac, virtual_device_number
 from xenvm.record import MappingProxyType
@@ -46,16 +46,20 @@ COMMANDS: Final = (
 
 
 def request(
-    name: str, sequence: int, params: Params, init: Init, taken: Iterable[int]
+    name: str, sequence: int, params: Params, init: Init, taken: Iterable[int], *, alive: bool = True
 ) -> tuple[Op, Ask | Plug | Unplug | Rebridge]:
-    """Return what to ask of the broker for a command; raise UsageError when its parameters are off."""
+    """Return what to ask of the broker for a command; raise UsageError when its parameters are off.
+
+    For a VM that is not `alive` doctor cleans up as a start does, which removes all that was of an earlier domain.
+    """
     if name in buttons.COMMANDS:
         op = buttons.request(name, params)
         return op, Ask(sequence, op, "", 0)
     if name in ("disk-list", "nic-list"):
         return Op.DEVICES, Ask(sequence, Op.DEVICES, "", 0)
     if name == "doctor":
-        op = Op.SETTLE if boolean(params, "clean") else Op.DEVICES
+        clean = Op.SETTLE if alive else Op.FIND
+        op = clean if boolean(params, "clean") else Op.DEVICES
         return op, Ask(sequence, op, "", 0)
     if name in ("disk-add", "cd-insert"):
         return Op.PLUG, disk_add(name, sequence, params)
@@ -71,10 +75,13 @@ def answer(name: str, done: Done) -> tuple[str, object]:
     if name in buttons.COMMANDS:
         return buttons.answer(name, done)
     if name == "doctor":
+        gone = done.domain.state is DomainState.ABSENT
         found = [
-            f"{state.kind} {state.name}: its backend is {STATES[state.backend]}; doctor clean=true removes it"
+            f"{state.kind} {state.name}: "
+            + ("left of an earlier domain" if gone else f"its backend is {STATES[state.backend]}")
+            + "; doctor clean=true removes it"
             for state in done.devices
-            if state.backend in UNFINISHED
+            if gone or state.backend in UNFINISHED
         ]
         found += done.text.splitlines()
         return "\n".join(found), found

@@ -420,7 +420,8 @@ class Supervisor(Sleeping):
     def _do_device(self, client: Client, request: Request) -> None:
         """Ask for a look at the devices or a change of them; whatever else is to be asked waits for the answer."""
         name, params = commands.ALIASES.get(request.method, request.method), request.params
-        if self._vm.state not in ALIVE:
+        alive = self._vm.state in ALIVE
+        if not alive and not (name == "doctor" and self._vm.state in ENDED):
             raise WrongStateError(f"{name}: the VM is {self._vm.state}")
         if name in discs.COMMANDS and answers.is_hvm(self._init):
             self._change_disc(name, client, request)
@@ -428,7 +429,7 @@ class Supervisor(Sleeping):
         if self._wait_for_broker(name, client, request):
             return
         self._sequence += 1
-        op, message = devices.request(name, self._sequence, params, self._init, self._nics)
+        op, message = devices.request(name, self._sequence, params, self._init, self._nics, alive=alive)
         handed = client.take_handed() if isinstance(message, Plug) and message.disks else []
         if isinstance(message, Plug) and len(handed) != len(message.disks):
             message = devices.by_policy(name, message, params.get("path", ""), self._init.directories)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The hotplug process: gives a running guest a device, takes one away, or looks at them. It holds xenstore alone.
 
+Without a domain it looks at what an earlier one has left.
+
 1. open the xenstore socket (as root);
 2. become user xenvm-hotplug, without capabilities, files, sockets or new programs;
 3. read one Job, do it, answer, exit.
@@ -56,6 +58,8 @@ def _run(channel: Channel, connection: store.Store, job: Job) -> Done:
         devices.settle(connection, job.uuid, job.domid)
     elif job.op is not Op.DEVICES:
         raise ProtocolError(f"{job.op} is no job of a hotplug worker")
+    elif job.domid < 0:
+        text = devices.leftover(connection, job.uuid)
     return Done(0, NO_DOMAIN, text, devices.look(connection, job.uuid, job.domid))
 
 
