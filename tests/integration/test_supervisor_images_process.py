@@ -234,6 +234,28 @@ def test_a_paused_guest_cannot_suspend(monitor, file):
     assert client.refusal()[:2] == (ExitCode.WRONG_STATE, "suspend is not possible: the VM is paused")
 
 
+@pytest.mark.parametrize("command", ["suspend", "checkpoint"])
+def test_why_a_save_has_failed_is_told_until_the_next_command(monitor, file, command):
+    """To whoever asks later, and whoever listens: the guest runs on, and its state alone says nothing of it."""
+    client, watching = monitor.running().client(), monitor.client()
+    watching.call("events")
+    client.hand([file], command, file="/there")
+    monitor.failed(asked(monitor, Save, file), FAULT, RUNNING)
+    assert client.refusal()[1] == FAULT.message
+    status = monitor.client().call("status")
+    assert (status["text"], status["data"]["state"]) == (f"running (last failure: {FAULT.message})", "running")
+    assert (status["data"]["reason"], status["data"]["last_fault"]) == ("", FAULT.message)
+    events = [watching.message()["params"] for _ in range(2)]
+    assert [(event["state"], event["last_fault"]) for event in events] == [
+        *(("suspending", ""), ("running", FAULT.message)),
+    ]
+    monitor.done(monitor.asked(Op.QUERY), RUNNING)  # what the guest did meanwhile
+    assert monitor.state()["last_fault"] == FAULT.message
+    client.send("pause")
+    monitor.done(monitor.asked(Op.PAUSE), PAUSED)
+    assert client.reply()["result"]["data"]["last_fault"] == ""
+
+
 def test_checkpoint(monitor, file):
     monitor.running()
     client = monitor.client()

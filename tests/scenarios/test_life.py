@@ -142,9 +142,10 @@ def test_a_guest_that_ignores_shutdown(host, vm):
     assert f"did not shut down within {host.short_s} s and runs on" in done.stderr
     before = len(guest.ticks())
     until(lambda: len(guest.ticks()) > before + 3, "the guest ticks on")
-    assert guest.cmd("status").stdout == "running\n"
+    said = f"within {host.short_s} s and runs on)\n"
+    assert guest.cmd("status").stdout == f"running (last failure: shutdown: the guest did not shut down {said}"
     assert guest.cmd("restart", f"timeout={host.short_s}", code=7).returncode == 7
-    assert guest.cmd("status").stdout == "running\n"
+    assert guest.cmd("status").stdout == f"running (last failure: restart: the guest did not restart {said}"
     guest.cmd("shutdown", f"timeout={host.short_s}", "force=true")
     assert guest.state == "shutdown"
     assert guest.uuid not in host.domains()

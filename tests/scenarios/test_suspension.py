@@ -81,6 +81,9 @@ def test_kill_9_in_the_middle_of_a_suspend(host, vm, folder):
         text = saving.communicate(timeout=120)[0]
         assert saving.returncode != 0
         assert "SIGKILL" in text or "hung up" in text
+        if victim == "builder":
+            assert guest.status()["last_fault"] in text
+            assert guest.cmd("status").stdout.startswith("running (last failure: save: its builder died of SIGKILL")
         if victim == "broker":
             until(lambda: not host.processes(), "the rest has ended too")
             guest.write(startup="shutdown")  # which adopts, and builds nothing
@@ -242,6 +245,7 @@ def test_two_saves_at_once_and_cancel(vm, folder):
     text = saving.communicate(timeout=120)[0]
     assert saving.returncode == 1, text
     assert "cancelled" in text
+    assert "cancelled" in guest.status()["last_fault"]
     assert only(folder) == []
     runs_on(guest, 6)
 

@@ -51,7 +51,7 @@ VERBS = (
     ),
     Verb("cancel", "", "end a suspend, checkpoint or restore that runs; a guest that was being saved runs on"),
     Verb("quit", "", "end the monitor and leave the domain as it is"),
-    Verb("status", "", "print the state; exit status 3 when the VM does not run"),
+    Verb("status", "", "print the state, and why or what failed last; exit status 3 when the VM does not run"),
     Verb("domid", "", "print the domain's present number, which a reboot changes"),
     Verb("get", "FIELD", "print one field of the VM", bare="field"),
     Verb("disk-list", "", "print the guest's disks: name, state, mode, source"),

@@ -28,11 +28,23 @@ def status(init: Init, vm: Vm, busy: Operation | None, step: dict[str, object]) 
         "vcpus": init.vcpus,
         "monitor_pid": init.monitor_pid,
         "config_file": init.config_file,
-        "reason": vm.reason,
+        **why(vm),
         "busy": {"command": busy.name, "for_s": round(time.monotonic() - busy.since_s, 1)} if busy else None,
         "step": step.get("step", ""),
         "progress": step,
     }
+
+
+def why(vm: Vm) -> dict[str, object]:
+    """Return why the VM is as it is, and what the last command has failed of; "" for neither."""
+    return {"reason": vm.reason, "last_fault": vm.fault.message if vm.fault else ""}
+
+
+def summary(vm: Vm) -> str:
+    """Return the state in words."""
+    fault = vm.fault.message if vm.fault else ""
+    said = vm.reason or (f"last failure: {fault}" if fault else "")
+    return str(vm.state) + (f" ({said})" if said else "")
 
 
 def field(init: Init, name: str) -> str:

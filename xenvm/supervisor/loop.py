@@ -264,7 +264,7 @@ class Supervisor(Sleeping):
             self._ask(op)
         if (self._vm.state, self._vm.domid) != (before.state, before.domid):
             self._log(f"state={self._vm.state} domid={self._vm.domid} event={happening.event!s} {self._vm.reason}")
-            self._publish("state", {"reason": self._vm.reason})
+            self._publish("state", answers.why(self._vm))
             self._wake(self._vm.state)
         settled = op is None and self._vm.state in STABLE
         moved = self._vm.state is not before.state or self._vm.fault is not before.fault
@@ -365,11 +365,11 @@ class Supervisor(Sleeping):
         before, self._vm = self._vm, after
         if after.state is not before.state:
             self._log(f"state={after.state} domid={after.domid} event={event!s}")
-            self._publish("state", {"reason": after.reason})
+            self._publish("state", answers.why(after))
 
     def _do_status(self, client: Client, request: Request) -> None:
-        text = str(self._vm.state) + (f" ({self._vm.reason})" if self._vm.reason else "")
-        client.reply(request.identifier, text if client.modern else str(self._vm.state), self._status())
+        text = answers.summary(self._vm) if client.modern else str(self._vm.state)
+        client.reply(request.identifier, text, self._status())
 
     def _do_domid(self, client: Client, request: Request) -> None:
         client.reply(request.identifier, str(self._vm.domid), self._vm.domid)
