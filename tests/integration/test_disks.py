@@ -286,6 +286,35 @@ def test_a_block_device_that_something_else_has(image, losetup):
         assert caught.value.errno == errno.EBUSY
 
 
+@pytest.fixture
+def mounted(image, losetup):
+    """A block device with a file system that is mounted, and what remounts it."""
+    subprocess.run(["mke2fs", "-q", "-F", image], check=True)
+    device, place = losetup(), image.parent / "mnt"
+    place.mkdir()
+    subprocess.run(["mount", device, place], check=True)
+    yield device, lambda how: subprocess.run(["mount", "-o", f"remount,{how}", place], check=True)
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("handed", [False, True])
+def test_a_block_device_that_is_mounted_for_writing_is_not_even_read(mounted, image, handed):
+    device, remount = mounted
+
+    def descriptor():
+        return os.open(device, os.O_RDONLY) if handed else -1
+
+    for changes in ({}, {"cipher": "aes-xts-plain64"}):
+        with pytest.raises(BusyError, match=f"{device} is mounted read-write on this host, at .*/mnt$") as caught:
+            open_disk(grant(device, type="phy", read_only=True, **changes), descriptor())
+        assert "share=true" in caught.value.hint
+    os.close(open_disk(grant(device, type="phy", read_only=True, share=True), descriptor()))
+    remount("ro")
+    os.close(open_disk(grant(device, type="phy", read_only=True), descriptor()))
+    with pytest.raises(BusyError, match="is in use on this host: mounted"):
+        open_disk(grant(device, type="phy"))
+
+
 def test_a_block_device_handed_over_for_reading_is_never_opened_for_writing(image, losetup):
     """The authority is that of whoever opened it, not the broker's."""
     device = losetup()

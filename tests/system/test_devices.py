@@ -278,6 +278,8 @@ def test_a_disk_in_use_is_refused(vm, image, block):
     try:
         second.write(disk=f"{mounted}:phy:xvda:w:disk")
         assert "mounted" in second.start(code=9).stderr
+        second.write(disk=f"{mounted}:phy:xvda:r:disk")
+        assert f"mounted read-write on this host, at {where}" in second.start(code=9).stderr
     finally:
         run("umount", str(where))
     second.write(disk=f"{shared}:file:xvda:w:disk:share=true")

@@ -15,6 +15,7 @@ import struct
 import time
 
 from xenvm.boundary.place import HERE
+from xenvm.broker import mounts
 from xenvm.errors import BusyError, ExitCode, XenvmError
 
 if HERE.simulator:  # no monitor of Xen's loads it
@@ -48,7 +49,7 @@ def open_disk(grant: DiskGrant, handed: int = -1) -> int:
         simulated.refuse(grant)
     label = f"disk {grant.name}: {grant.path}"
     try:
-        descriptor = _exclusive(grant, handed if handed >= 0 else _open(grant))
+        descriptor = _exclusive(label, grant, handed if handed >= 0 else _open(grant))
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise BusyError(
@@ -75,13 +76,22 @@ def _open(grant: DiskGrant) -> int:
     return os.open(grant.path, access | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
 
 
-def _exclusive(grant: DiskGrant, descriptor: int) -> int:
+def _exclusive(label: str, grant: DiskGrant, descriptor: int) -> int:
     """Return a block device that is to be written opened anew, so that nothing else on this host has it.
 
-    What was handed over for reading only stays as it is: the authority is that of whoever opened it.
+    What was handed over for reading only stays as it is: the authority is that of whoever opened it. What is only read
+    may be open elsewhere, but not mounted read-write: a guest would see a file system that changes under it.
     """
-    # dm-crypt below an encrypted disk makes sure of that by itself.
-    if grant.share or grant.read_only or grant.cipher or not stat.S_ISBLK(os.fstat(descriptor).st_mode):
+    status = os.fstat(descriptor)
+    if grant.share or not stat.S_ISBLK(status.st_mode):
+        return descriptor
+    if grant.read_only or grant.cipher:  # dm-crypt, too, keeps away all but other mappings
+        if place := mounts.written_at(status.st_rdev):
+            os.close(descriptor)
+            raise BusyError(
+                f"{label} is mounted read-write on this host, at {place[:1000]}",
+                hint="what is on it changes under the guest; share=true opens it all the same",
+            )
         return descriptor
     if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
         return descriptor
