@@ -476,6 +476,17 @@ def test_beside_a_guest_of_xl(vm, image, bridge):
         assert [name.split("-")[0] for name in devices()["backends"]] == ["vbd", "vif"]
         assert run("xl", "network-list", "beside").stdout.count("\n") == 2
         assert "in use" in quiet(vm, disk=f"{theirs}:file:xvda:w:disk").start(code=9).stderr
+        served = image("served.qcow2")  # by a QEMU, which takes no lock, under a name that is a link
+        served.unlink()
+        assert run("qemu-img", "create", "-q", "-f", "qcow2", str(served), str(16 * MIB)).returncode == 0
+        link = served.parent / "link.qcow2"
+        link.symlink_to(served)
+        attached = run("xl", "block-attach", "beside", f"{served},qcow2,xvdc,w")
+        assert attached.returncode == 0, attached.stderr
+        for path in (served, link):
+            refused = quiet(vm, disk=f"{path}:qcow:xvda:w:disk").start(code=9).stderr
+            assert f"qcow:{path} is in use by domain" in refused
+            assert "/backend/qdisk/" in refused
     finally:
         run("xl", "destroy", "beside")
         until(lambda: devices()["backends"] == [], "xl's devices have gone")

@@ -233,6 +233,56 @@ def test_a_block_device_of_another_guest(store, mode, read_only, share, refused)
         devices.connect(store, UUID, 7, (wanted,), ())
 
 
+@pytest.mark.parametrize(
+    ("kind", "params", "refused"),
+    [
+        ("qdisk", b"qcow2:/srv/a.qcow2", True),
+        ("qdisk", b"aio:/srv/../srv//a.qcow2", True),
+        ("qdisk", b"aio:/link", True),
+        ("qdisk", "raw:/\u00e4".encode(), True),
+        ("vbd", b"/srv/a.qcow2", True),
+        ("vbd", b"qcow:/srv/a.qcow2", True),
+        ("qdisk", b"aio:/srv/a.qcow", False),
+        ("qdisk", b"aio:srv/a.qcow2", False),
+        ("qdisk", b"aio:", False),
+        ("qdisk", b"", False),
+        ("qdisk", b"\xff:\0/\xff", False),
+    ],
+)
+def test_an_image_that_another_guest_has_under_one_of_its_names(store, kind, params, refused):
+    """As xl writes them: of what its QEMU serves there is no block device, and no lock."""
+    b = f"/local/domain/0/backend/{kind}/8/51728"
+    store.write(f"{b}/mode", "w")
+    store.nodes[f"{b}/params"], store.entries[f"{b}/params"] = params, ("n0",)
+    wanted = DISK.but(source="qcow:/srv/a.qcow2", names=("/link", "/\u00e4"))
+    devices.write(store, UUID, 7, (wanted,), ())
+    if refused:
+        with pytest.raises(BusyError, match=rf"disk xvda: qcow:/srv/a.qcow2 is in use by domain 8 \(node {b}\)"):
+            devices.connect(store, UUID, 7, (wanted,), ())
+        shared = wanted.but(share=True)
+        devices.remove(store, UUID, 7, devices.places((wanted,), ()))
+        plugged(store, (shared,), ())
+    else:
+        devices.connect(store, UUID, 7, (wanted,), ())
+
+
+def test_an_image_that_two_only_read_is_no_clash(store):
+    b = "/local/domain/0/backend/qdisk/8/51728"
+    store.write(f"{b}/mode", "r")
+    store.write(f"{b}/params", "aio:/a.iso")
+    plugged(store, (CD,), ())
+    store.write(f"{b}/mode", "w")
+    devices.remove(store, UUID, 7, devices.places((CD,), ()))
+    devices.write(store, UUID, 7, (CD,), ())
+    with pytest.raises(BusyError, match="is in use by domain 8"):
+        devices.connect(store, UUID, 7, (CD,), ())
+
+
+def test_a_disk_without_a_path_is_like_no_other(store):
+    store.write("/local/domain/0/backend/qdisk/8/51728/params", "aio:")
+    plugged(store, (DISK.but(source="file:handed over"),), ())
+
+
 def test_one_block_device_twice_in_one_guest(store):
     twice = (DISK, DISK.but(device=51728, name="xvdb"))
     plugged(store, (DISK,), ())

@@ -107,7 +107,7 @@ def test_the_nodes_are_there_before_the_broker_hears_of_it(bench):
 
 @pytest.mark.parametrize("reason", ["the broker", "the kernel", "another guest", "the broker's end"])
 def test_what_fails_leaves_nothing(bench, reason):
-    bench.plug(PLANNED.but(device=51744, name="xvdc"))
+    bench.plug(PLANNED.but(device=51744, name="xvdc", source="file:/c"))
     before = dict(bench.store.nodes)
     code, match = ExitCode.FAILED, "not said"
     if reason == "the broker":

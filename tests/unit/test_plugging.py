@@ -23,11 +23,12 @@ from xenvm.boundary.messages import (
     Job,
     Op,
     Parsed,
+    Ready,
 )
 from xenvm.boundary.privileges import Role
 from xenvm.boundary.processors import CpuidRule
 from xenvm.boundary.workers import Connect, Decrypt, Join, Serve, Served
-from xenvm.broker import disks, plugging
+from xenvm.broker import aliases, disks, plugging
 from xenvm.broker.plugging import Plugging, Wanted
 from xenvm.errors import BusyError, ExitCode, ProtocolError, XenvmError
 
@@ -142,8 +143,29 @@ def test_a_block_device_is_ready_at_once(bench):
     (planned,) = made.planned
     assert (planned.device, planned.source, planned.major, planned.minor) == (51712, "phy:/dev/vg/a", -1, -1)
     made.begin(7)
-    assert made.ready == (planned.but(major=7, minor=63),)
+    assert made.ready == (planned.but(major=7, minor=63, names=(str(bench.block),)),)
     assert made.children == []
+
+
+def test_the_names_of_a_disk_are_those_of_what_was_opened_for_it(bench):
+    """Not of the loop device over it; what a client calls what it hands over is no name of it."""
+    (vbd,) = bench.plug(FILE).ready
+    assert vbd.names == (str(bench.key),)
+    (vbd,) = bench.plug(FILE.but(path="/\u00e4")).ready
+    assert vbd.names == (str(bench.key), "/\u00e4")
+    ours = os.open(bench.key, os.O_RDONLY)
+    (vbd,) = bench.plug(FILE.but(path="/\u00e4"), handed={FILE.device: ours}).ready
+    os.close(ours)
+    assert vbd.names == (str(bench.key),)
+
+
+def test_the_names_of_all_disks_have_room_in_a_frame(bench, monkeypatch):
+    monkeypatch.setattr(aliases.os, "readlink", lambda _path: "/" + "\U0001f600" * 90)
+    grants = tuple(PHY.but(device=1 << 28 | n << 8, name=f"d{n}p0", path="/" + '"' * 4000) for n in range(DISKS_LIMIT))
+    made = bench.plug(*grants)
+    named = [vbd for vbd in made.ready if vbd.names]
+    assert 2 < len(named) < 5
+    encode(Ready(tuple(vbd.but(server="4194304 99999999999") for vbd in made.ready)))
 
 
 def test_a_file_becomes_a_loop_device(bench):

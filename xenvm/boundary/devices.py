@@ -85,7 +85,7 @@ class Vbd(Checked):
     """A disk to plug: `major` and `minor` are of the opened block device, -1 while it is not open yet.
 
     `source` is for people. `server` is pid and start time (clock ticks since boot, proc(5)) of the process that serves
-    the image, "" without one.
+    the image, "" without one. `names` are other paths by which another toolstack may know the disk.
     """
 
     device: int
@@ -97,6 +97,7 @@ class Vbd(Checked):
     major: int
     minor: int
     server: str
+    names: tuple[str, ...] = ()
     CHECKS: ClassVar = {
         "device": number(1, DEVICE_MAX),
         "name": string(32, forms.printable),
@@ -107,6 +108,7 @@ class Vbd(Checked):
         "major": number(-1, 4095),
         "minor": number(-1, 2**20 - 1),
         "server": string(31, is_server),
+        "names": array(string(1024), 8),
     }
 
 

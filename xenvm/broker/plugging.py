@@ -15,7 +15,7 @@ from xenvm.boundary.machine import EMULATED_NICS
 from xenvm.boundary.messages import Done, Failed, Ready
 from xenvm.boundary.privileges import TUN, Role
 from xenvm.boundary.workers import Connect, Decrypt, Join, Serve, Served
-from xenvm.broker import disks
+from xenvm.broker import aliases, disks
 from xenvm.broker.children import Child
 from xenvm.broker.servers import end_server, server_text
 from xenvm.context import suppress
@@ -78,6 +78,7 @@ class Plugging:
         self._waiting: dict[Child, tuple[DiskGrant, Opening]] = {}
         self._opened: dict[int, int] = {}
         self._servers: dict[int, str] = {}
+        self._names: dict[int, tuple[str, ...]] = {}
         self._begun = self._bridged = False
         try:
             for device, descriptor in wanted.handed.items():
@@ -115,7 +116,9 @@ class Plugging:
         if not self._all_open or (self._launching and not self._launching.state):
             return None
         return tuple(
-            _vbd(grant, disks.number(self._opened[grant.device]), self._servers.get(grant.device, ""))
+            _vbd(grant, disks.number(self._opened[grant.device]), self._servers.get(grant.device, "")).but(
+                names=self._names[grant.device]
+            )
             for grant in self._plugged
         )
 
@@ -208,6 +211,10 @@ class Plugging:
 
     def _open(self, grant: DiskGrant, handed: int) -> Opening:
         descriptor = disks.open_disk(grant, handed)
+        room_bytes = aliases.ALL_LIMIT_BYTES - sum(map(aliases.size, self._names.values()))
+        self._names[grant.device] = aliases.names_of(
+            grant, descriptor, handed=handed >= 0, shown=_source(grant), room_bytes=room_bytes
+        )
         if grant.type in disks.IMAGE_FORMATS:
             descriptor = yield from self._serve(grant, descriptor)
         elif grant.type != "phy" and not _is_block(descriptor) and not (self._launching and grant.cdrom):
@@ -321,9 +328,14 @@ def _is_block(descriptor: int) -> bool:
     return os.fstat(descriptor).st_mode & 0o170000 == 0o060000  # S_ISBLK, inode(7)
 
 
-def _vbd(grant: DiskGrant, number: int, server: str) -> Vbd:
-    """Return what a helper learns of a disk; a path with unprintable characters is shown with question marks."""
+def _source(grant: DiskGrant) -> str:
+    """Return what is shown of a disk; of a path with unprintable characters these are question marks."""
     source = f"{grant.type}:{grant.path}".encode("ascii", "replace").decode("ascii")[:SOURCE_LIMIT]
-    source = "".join(letter if letter.isprintable() else "?" for letter in source)
+    return "".join(letter if letter.isprintable() else "?" for letter in source)
+
+
+def _vbd(grant: DiskGrant, number: int, server: str) -> Vbd:
+    """Return what a helper learns of a disk."""
+    source = _source(grant)
     major, minor = (os.major(number), os.minor(number)) if number >= 0 else (-1, -1)
     return Vbd(grant.device, grant.name, grant.read_only, grant.cdrom, grant.share, source, major, minor, server)

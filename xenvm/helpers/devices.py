@@ -21,7 +21,7 @@ from xenvm.helpers.store import remove_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Final
 
     from xenvm.helpers.store import Store
@@ -199,21 +199,44 @@ def connected(store: Store, domid: int, vbds: Iterable[Vbd], vifs: Iterable[Vif]
 
 
 def _refuse_in_use(store: Store, domid: int, vbd: Vbd) -> None:
-    """Refuse a block device that another guest has, when either side may write it."""
+    """Refuse a disk that another guest has, when either side may write it.
+
+    It is known by the number of its block device, or by its path: an image that xl has a QEMU serve has no such number,
+    and QEMU takes no lock on it.
+    """
     if vbd.share:
         return
     number = f"{vbd.major:x}:{vbd.minor:x}".encode("ascii")
-    root = "/local/domain/0/backend/vbd"
-    for other in store.names(root):
-        for device in store.names(f"{root}/{other}"):
-            b = f"{root}/{other}/{device}"
-            if (other, device) == (str(domid), str(vbd.device)) or store.read(f"{b}/physical-device") != number:
-                continue
-            if not vbd.read_only or store.read(f"{b}/mode") != b"r":
-                raise BusyError(
-                    f"disk {vbd.name}: {vbd.source} is in use by domain {other}",
-                    hint="two guests that write one disk destroy its file system; share=true says that yours do not",
-                )
+    paths = {_path(name) for name in (vbd.source.partition(":")[2], *vbd.names)} - {""}
+    for b in _backends(store, ("vbd", "qdisk")):
+        if b == backend_path(Kind.VBD, domid, vbd.device):
+            continue
+        same = store.read(f"{b}/physical-device") == number or _path_in(store.read(f"{b}/params")) in paths
+        if same and not (vbd.read_only and store.read(f"{b}/mode") == b"r"):
+            raise BusyError(
+                f"disk {vbd.name}: {vbd.source} is in use by domain {b.split('/')[-2]} (node {b})",
+                hint="two guests that write one disk destroy its file system; share=true says that yours do not",
+            )
+
+
+def _backends(store: Store, kinds: Iterable[str]) -> Iterator[str]:
+    """Return B of every device of these kinds, of all guests."""
+    for kind in kinds:
+        root = f"/local/domain/0/backend/{kind}"
+        for domid in store.names(root):
+            for device in store.names(f"{root}/{domid}"):
+                yield f"{root}/{domid}/{device}"
+
+
+def _path_in(untrusted_params: bytes | None) -> str:
+    """Return the path that the node `params` of a disk names, "" for none: PATH, or FORMAT:PATH."""
+    text = (untrusted_params or b"").decode("utf-8", "replace")
+    return _path(text if text.startswith("/") else text.partition(":")[2])
+
+
+def _path(text: str) -> str:
+    """Return an absolute path without empty, `.` and `..` parts, "" for what is none. No file is looked at."""
+    return os.path.normpath(f"/{text.lstrip('/')}") if text.startswith("/") else ""
 
 
 def _error(store: Store, kind: Kind, domid: int, device: int) -> Callable[[], str]:
