@@ -106,7 +106,7 @@ def test_it_holds_xenstore_and_nothing_else(ask, xenstored):
 def test_a_device_that_is_not_recorded_is_not_touched(ask, xenstored):
     _, _, answer, how = ask(Job(Op.UNPLUG, UUID, 7, GRANTS, (), (), Kind.VBD, 51712))
     assert isinstance(answer, Failed)
-    assert (answer.fault.code, answer.fault.message) == (ExitCode.WRONG_STATE, "the guest has no vbd 51712")
+    assert (answer.fault.code, answer.fault.message) == (ExitCode.WRONG_STATE, "the guest has no disk 51712")
     assert how == "ended with status 1"
     assert {kind for kind, _ in xenstored.asked} == {DIRECTORY}
 

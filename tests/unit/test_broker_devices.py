@@ -157,6 +157,19 @@ def test_a_worker_that_dies_is_told_to_the_builder(bench):
     assert "the network worker ended with status 0 without an answer" in said(bench.builder).fault.message
 
 
+@pytest.mark.parametrize("code", [7, 1])
+def test_which_device_was_late_is_said_before_what_its_helper_knows(bench, code):
+    """Its helper waits for all of them together; of another failure it knows best itself."""
+    devices_of(bench, disks=(DISK,), nics=(NIC,)).known(NO_DOMAIN)
+    bench.ask(Op.BUILD)
+    bench.job()
+    bench.answer(Created(8, ()))
+    (network,) = workers(Role.NETWORK)
+    bench.answer(Failed(0, Fault(code, "waited 40 s", ""), NO_DOMAIN))
+    late = f"network card 0 (bridge br0): no answer of the network worker (process {network.pid}); "
+    assert bench.refused(code) == (late if code == 7 else "") + "waited 40 s"
+
+
 def test_a_bridge_that_is_not_there_is_refused_before_anything_is_built(bench):
     devices_of(bench, nics=(NIC.but(bridge="gone"),)).known(RUNNING)
     bench.ask(Op.REBUILD, 3)

@@ -5,6 +5,7 @@ import pytest
 from backends import Kernel, Manner, Memory
 
 from xenvm.boundary.devices import DeviceState, Kind, Vbd, Vif
+from xenvm.config.keys import find
 from xenvm.errors import BusyError, ExitCode, TimeoutExpiredError, XenvmError
 from xenvm.helpers import devices
 from xenvm.helpers.store import StoreError
@@ -170,7 +171,7 @@ def test_the_server_of_an_image_is_in_the_record_before_the_backend_has_the_disk
 def test_a_device_that_is_there_already_changes_nothing(store):
     plugged(store)
     before = dict(store.nodes)
-    with pytest.raises(BusyError, match="vif 0: the guest has such a device already"):
+    with pytest.raises(BusyError, match="network card 0: the guest has such a device already"):
         devices.write(store, UUID, 7, (DISK.but(device=51744),), (CARD,))
     assert store.nodes == before
 
@@ -187,7 +188,7 @@ def test_a_backend_driver_that_is_not_loaded_is_named(store):
     for vbds, vifs, module in (((DISK,), (), "xen-blkback"), ((), (CARD,), "xen-netback")):
         devices.write(store, UUID, 7, vbds, vifs)
         with pytest.raises(
-            XenvmError, match=r"(vbd 51712|vif 0): .*node /local/.*/state is not 2.*waited 10 s"
+            XenvmError, match=r"(disk xvda|network card 0): .* waited 10 s for node /local/.*/state to be 2$"
         ) as caught:
             devices.connect(store, UUID, 7, vbds, vifs)
         assert caught.value.code is ExitCode.TIMED_OUT
@@ -207,6 +208,8 @@ def test_a_block_device_that_is_not_opened_is_named_with_the_drivers_own_words(s
     with pytest.raises(XenvmError, match=r"disk xvda: .* did not open phy:/dev/vg/a: 6 xen_vbd_create") as caught:
         devices.connect(store, UUID, 7, (DISK,), ())
     assert caught.value.code is ExitCode.TIMED_OUT
+    said = f"waited 10 s for {devices.SYSFS}/vbd-7-51712/physical_device to be there, after node {B}/physical-device"
+    assert said in caught.value.message
 
 
 @pytest.mark.parametrize(
@@ -378,7 +381,8 @@ def test_one_device_is_taken_away(store, manner, force, place):
     limit_s, keeps = ENDINGS[manner]
     kernel.slept = 0.0
     if keeps and not force:
-        with pytest.raises(TimeoutExpiredError, match=rf"{place[0]} {place[1]}: .* within 10 s") as caught:
+        named = "disk xvda" if place[0] is Kind.VBD else "network card 0"
+        with pytest.raises(TimeoutExpiredError, match=rf"^{named}: .* within 10 s \(node .*/state did") as caught:
             devices.unplug(store, UUID, 7, [place], patience_s=10.0, force=False)
         assert "force=true" in caught.value.hint
         assert place in devices.listed(store, UUID)
@@ -430,9 +434,10 @@ def test_the_wait_for_the_kernel_to_let_go(store):
 def test_a_device_that_the_kernel_never_lets_go_is_an_error_and_stays_recorded(store):
     plugged(store)
     store.kernel.manners["vbd", "7", "51712"] = Manner.STUCK
-    with pytest.raises(XenvmError, match="vbd 51712: the backend driver still holds the device of domain 7") as caught:
+    with pytest.raises(XenvmError, match="disk xvda: the backend driver still holds the device of domain 7") as caught:
         devices.remove(store, UUID, 7, PLACES)
     assert caught.value.code is ExitCode.TIMED_OUT
+    assert caught.value.message.endswith(f"waited 40 s for {devices.SYSFS}/vbd-7-51712 to go")
     assert PLACES[0] in devices.listed(store, UUID)
     store.kernel.manners.clear()
     devices.remove(store, UUID, 7, PLACES)
@@ -519,3 +524,12 @@ def test_what_was_above_devices_goes_when_they_were_removed_and_nothing_more(sto
     store.make(left)
     devices.remove_every(store, UUID, 7)
     assert ours(store) == []
+
+
+def test_the_reference_page_names_every_wait():
+    text = find("device-timeout").help
+    assert f"{devices.BACKEND_WAIT_S:g} seconds for a backend driver to take a new device" in text
+    assert f"{devices.BACKEND_WAIT_S:g} for it to open a disk" in text
+    assert f"{devices.FORCED_WAIT_S:g} seconds, after `force=true`, for it to close" in text
+    assert f"{devices.GONE_WAIT_S:g} seconds for it to let go" in text
+    assert f"wait {devices.FRONTEND_WAIT_S:g} seconds for the guest to connect" in text

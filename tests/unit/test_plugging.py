@@ -290,6 +290,23 @@ def test_a_job_with_every_disk_and_card_there_may_be_fits_into_a_frame(bench):
     encode(Done(0, NO_DOMAIN, "", states))
 
 
+def test_what_everything_waits_for(bench):
+    """By device and process; what is ready is not among it."""
+    made = bench.plug(PHY, IMAGE, bench.crypt, vifs=(CARD,))
+    image, storage, network = (bench.worker(role).pid for role in (Role.IMAGE, Role.STORAGE, Role.NETWORK))
+    said = [
+        f"disk xvdc (qcow:/c.qcow2): no answer of the image worker (process {image})",
+        f"disk xvdd (phy:/dev/vg/a): no answer of the storage worker (process {storage})",
+        f"network card 0 (bridge br0): no answer of the network worker (process {network})",
+    ]
+    assert made.late.split("; ") == said
+    bench.answer(made, Role.NETWORK, Done(0, NO_DOMAIN, ""))
+    bench.give(made)
+    assert made.late == said[0]
+    made.close(succeeded=False)
+    assert made.late == ""
+
+
 # What goes wrong
 
 

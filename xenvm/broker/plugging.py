@@ -129,6 +129,18 @@ class Plugging:
         return Ready(ready, (model,) if model else ()) if ready is not None else None
 
     @property
+    def late(self) -> str:
+        """What everything waits for just now, "" for nothing: the device, and the process that works on it."""
+        found = [(child, f"disk {grant.name} ({_source(grant)})") for child, (grant, _) in self._waiting.items()]
+        if self._network:
+            found.append(
+                (self._network, ", ".join(f"network card {vif.id} (bridge {vif.bridge})" for vif in self._vifs))
+            )
+        if not found and self._loaded == 0 and self._launching and self._launching.worker:
+            found.append((self._launching.worker, "device model"))
+        return "; ".join(f"{what}: no answer of the {child.role} worker (process {child.pid})" for child, what in found)
+
+    @property
     def _all_open(self) -> bool:
         return self._begun and not self._waiting and not (self._vifs and not self._bridged)
 

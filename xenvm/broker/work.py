@@ -117,6 +117,8 @@ class Work:
         self.initrd = -1
         self.place: Target | None = None
         """Where the broker itself is to give a new image its name."""
+        self.late = ""
+        """What its devices waited for when it ended."""
 
     def begin(self, domid: int, grants: Grants, log: int, spares: Spares, models: Models, acts: ActLog) -> None:
         """Open the images that the job needs, kernel first, and give the helper its job when they are ready.
@@ -223,6 +225,7 @@ class Work:
             if partner:
                 partner.close()
         if self.plugging:
+            self.late = self.plugging.late
             self.plugging.close(succeeded=isinstance(self.result, Done))
             self.plugging = None
         if self.initrd >= 0:
@@ -237,7 +240,13 @@ class Work:
             except XenvmError as error:
                 self.result = None
                 return failed(self.sequence, error, known)
-        return self.result or failed(self.sequence, how_it_failed(self), known)
+        answer = self.result or failed(self.sequence, how_it_failed(self), known)
+        if (
+            isinstance(answer, Failed) and answer.fault.code == ExitCode.TIMED_OUT and self.late
+        ):  # its helper cannot know
+            fault = answer.fault
+            return answer.but(fault=fault.but(message=f"{self.late}; {fault.message}"[:4000]))
+        return answer
 
     def abandon(self) -> None:
         """End it amid its work, and all that it holds."""

@@ -102,7 +102,11 @@ LIFE_KEYS: Final = (
         value="seconds, 1 to 86400",
         default=40,
         help="How long disks and network cards may take to be opened and bridged when they are plugged, and a guest to "
-        "let go of one that is taken away. 40 seconds are what Xen's own tools give their hotplug scripts.",
+        "let go of one that is taken away. 40 seconds are what Xen's own tools give their hotplug scripts. Other waits "
+        "do not depend on it: 10 seconds for a backend driver to take a new device, and 10 for it to open a disk; "
+        "1.5 seconds, after `force=true`, for it to close a device whose frontend has gone; 40 seconds for it to let "
+        "go of one whose nodes are removed. `disk-add` and `nic-add` wait 5 seconds for the guest to connect, which is "
+        "no failure if it does not. Whatever runs out is told with the device, the node waited for, and how long.",
         applied="the deadlines of a start and of `disk-add`, `disk-del`, `nic-add` and `nic-del`",
     ),
     Key(

@@ -55,6 +55,18 @@ def record_path(uuid: str, kind: Kind, device: int) -> str:
     return f"{RECORDS}/{uuid}/{kind}/{device}"
 
 
+def named(kind: Kind, name: object) -> str:
+    """Return what a user calls a device: a disk by its name in the guest, a card by its number."""
+    return f"{'disk' if kind is Kind.VBD else 'network card'} {name}"
+
+
+def known_as(store: Store, uuid: str, place: Place) -> str:
+    """Return what a user calls a device of our record; of one that is not there only the number is known."""
+    kind, device = place
+    name = (store.read(f"{record_path(uuid, kind, device)}/name") or b"").decode("ascii", "replace")
+    return named(kind, name if name and name.isprintable() else device)
+
+
 def present(kind: Kind, domid: int, device: int) -> bool:
     """Tell whether the kernel has this backend device."""
     return _exists(f"{SYSFS}/{kind}-{domid}-{device}")
@@ -74,7 +86,7 @@ def write(store: Store, uuid: str, domid: int, vbds: Iterable[Vbd], vifs: Iterab
     def steps() -> None:
         for kind, device in places(vbds, vifs):
             if store.read(f"{backend_path(kind, domid, device)}/frontend") is not None:
-                raise BusyError(f"{kind} {device}: the guest has such a device already")
+                raise BusyError(f"{known_as(store, uuid, (kind, device))}: the guest has such a device already")
         for vbd in vbds:
             _write_vbd(store, uuid, domid, vbd)
         for vif in vifs:
@@ -157,12 +169,14 @@ def connect(store: Store, uuid: str, domid: int, vbds: Iterable[Vbd], vifs: Iter
     Returns when the kernel has opened every disk, so that whoever holds one may close it. Raise XenvmError when a disk
     is in use elsewhere, TimeoutExpiredError naming the device and the node that never came.
     """
-    for kind, device in places(vbds, vifs):
-        b = backend_path(kind, domid, device)
+    for place in places(vbds, vifs):
+        kind, device = place
+        state = f"{backend_path(kind, domid, device)}/state"
         _until(
-            _in_state(store, f"{b}/state", INIT_WAIT),
+            _in_state(store, state, INIT_WAIT),
             BACKEND_WAIT_S,
-            f"{kind} {device}: the backend driver did not take the device (node {b}/state is not {INIT_WAIT})",
+            f"{known_as(store, uuid, place)}: the backend driver did not take the device",
+            f"node {state} to be {INIT_WAIT}",
             f"is the module {'xen-blkback' if kind is Kind.VBD else 'xen-netback'} loaded in dom0?",
         )
     for vbd in vbds:
@@ -175,10 +189,12 @@ def connect(store: Store, uuid: str, domid: int, vbds: Iterable[Vbd], vifs: Iter
         store.write(f"{b}/physical-device", f"{vbd.major:x}:{vbd.minor:x}")
         store.write(f"{b}/hotplug-status", "connected")
     for vbd in vbds:
+        opened = f"{SYSFS}/vbd-{domid}-{vbd.device}/physical_device"
         _until(
-            _there(f"{SYSFS}/vbd-{domid}-{vbd.device}/physical_device"),
+            _there(opened),
             BACKEND_WAIT_S,
             f"disk {vbd.name}: the backend driver did not open {vbd.source}",
+            f"{opened} to be there, after node {backend_path(Kind.VBD, domid, vbd.device)}/physical-device was written",
             "see the kernel log of dom0 (dmesg) for what xen-blkback says",
             _error(store, Kind.VBD, domid, vbd.device),
         )
@@ -335,9 +351,10 @@ def unplug(store: Store, uuid: str, domid: int, wanted: Iterable[Place], *, pati
         _ask_to_close(store, domid, place)
     left = _unreleased(store, domid, wanted, patience_s)
     if left and not force:
-        names = ", ".join(f"{kind} {device}" for kind, device in left)
+        names = ", ".join(known_as(store, uuid, place) for place in left)
+        nodes = ", ".join(f"{backend_path(kind, domid, device)}/state" for kind, device in left)
         raise TimeoutExpiredError(
-            f"{names}: the guest did not let go within {patience_s:g} s",
+            f"{names}: the guest did not let go within {patience_s:g} s (node {nodes} did not become {CLOSED})",
             hint="unmount it or take it down in the guest, or use force=true",
         )
     for place in left:  # without its frontend a backend closes; only after it was told to
@@ -356,7 +373,8 @@ def remove(store: Store, uuid: str, domid: int, wanted: Iterable[Place]) -> None
         _until(
             _released(kind, domid, device),
             GONE_WAIT_S,
-            f"{kind} {device}: the backend driver still holds the device of domain {domid} ({SYSFS})",
+            f"{known_as(store, uuid, (kind, device))}: the backend driver still holds the device of domain {domid}",
+            f"{SYSFS}/{kind}-{domid}-{device} to go",
             "see the kernel log of dom0 (dmesg)",
         )
         remove_all(
@@ -441,12 +459,14 @@ def _unreleased(store: Store, domid: int, wanted: list[Place], patience_s: float
 
 
 def _until(
-    condition: Callable[[], bool], patience_s: float, what: str, hint: str, why: Callable[[], str] = str
+    condition: Callable[[], bool], patience_s: float, what: str, node: str, hint: str, why: Callable[[], str] = str
 ) -> None:
+    """Wait; raise XenvmError saying what failed, and of which node nothing came."""
     end = time.monotonic() + patience_s
     while not condition():
         if time.monotonic() >= end:
-            raise XenvmError(f"{what}{why()}; waited {patience_s:g} s", hint=hint, code=ExitCode.TIMED_OUT)
+            message = f"{what}{why()}; waited {patience_s:g} s for {node}"
+            raise XenvmError(message, hint=hint, code=ExitCode.TIMED_OUT)
         time.sleep(POLL_S)
 
 

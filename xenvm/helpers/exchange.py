@@ -7,6 +7,7 @@ helper then lets the backends go on.
 
 from __future__ import annotations
 
+from xenvm.boundary.devices import Kind
 from xenvm.boundary.images import Image, Packed, Packing
 from xenvm.boundary.machine import EndModel, Granted, Loaded, Wish, Wished
 from xenvm.boundary.messages import Created, Failed, Ready
@@ -60,7 +61,7 @@ class Devices:
             self._channel.send(Loaded(domid))
         elif not self._job.vbds and not self._job.vifs:
             return None
-        ready = self._ready()
+        ready = self._ready(domid)
         devices.connect(self._store, self._job.uuid, domid, ready.vbds, self._job.vifs)
         return ready.models[0] if ready.models else None
 
@@ -111,18 +112,24 @@ class Devices:
 
     def wait(self) -> tuple[Vbd, ...]:
         """Wait for the broker's part and return the disks with their numbers; raise XenvmError with its reason."""
-        return self._ready().vbds
+        return self._ready(self._job.domid).vbds
 
-    def _ready(self) -> Ready:
+    def _ready(self, domid: int) -> Ready:
         patience_s = self._job.timeout_s + (MODEL_START_WAIT_S if self._job.grants.machine else 0)
         try:
             message = self._answer(patience_s)
         except TimeoutExpiredError:
-            places = devices.places(self._job.vbds, self._job.vifs)
-            names = ", ".join(f"{kind} {device}" for kind, device in places) or "device model"
+            disks, cards = self._job.vbds, self._job.vifs
+            names = [devices.named(Kind.VBD, vbd.name) for vbd in disks] + [
+                devices.named(Kind.VIF, vif.id) for vif in cards
+            ]
+            nodes = [f"{devices.backend_path(Kind.VBD, domid, vbd.device)}/physical-device" for vbd in disks]
+            nodes += [f"{devices.INTERFACES}/vif{domid}.{vif.id}/master" for vif in cards]
+            without = f" (nothing in {', '.join(nodes)})" if nodes else ""
             raise TimeoutExpiredError(
-                f"{names}: disks were not opened or interfaces not bridged within {patience_s:g} s",
-                hint="the key device-timeout gives them more time; the monitor's log says what they wait for",
+                f"{', '.join(names) or 'device model'}: disks were not opened or interfaces not bridged within "
+                f"{patience_s:g} s{without}",
+                hint="the key device-timeout gives them more time; the monitor's log may say more",
             ) from None
         if not isinstance(message, Ready):
             raise ProtocolError("the broker did not say whether the devices are ready")

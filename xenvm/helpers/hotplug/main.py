@@ -42,9 +42,11 @@ def _run(channel: Channel, connection: store.Store, job: Job) -> Done:
     elif job.op is Op.UNPLUG:
         place = (job.kind, job.device)
         if place not in devices.listed(connection, job.uuid):
-            raise WrongStateError(f"the guest has no {job.kind} {job.device}", hint="disk-list and nic-list show them")
+            name = devices.named(job.kind, job.device)
+            raise WrongStateError(f"the guest has no {name}", hint="disk-list and nic-list show them")
         if job.disc and not devices.is_cdrom(connection, job.domid, job.device):
-            raise WrongStateError(f"disk {job.device} is no disc in a CD drive", hint="disk-del takes a disk away")
+            name = devices.known_as(connection, job.uuid, place)
+            raise WrongStateError(f"{name} is no disc in a CD drive", hint="disk-del takes a disk away")
         devices.unplug(connection, job.uuid, job.domid, [place], patience_s=float(job.timeout_s), force=job.force)
     elif job.op is Op.REBRIDGE:
         for vif in job.vifs:
