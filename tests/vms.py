@@ -28,6 +28,7 @@ from xenvm.cli.client import Monitor, NoMonitorError
 from xenvm.errors import XenvmError
 from xenvm.simulator.client import Machine
 from xenvm.simulator.guest import CRASH
+from xenvm.simulator.machine import CPUS
 
 ROOT = Path(xenvm.__file__).parent.parent
 KERNEL = "/lab/vmlinux"  # Debian's kernel, unpacked once: half a minute of emulation saved in each test
@@ -148,6 +149,19 @@ class XenHost:
         info = run("xl", "list", str(domid)).stdout.splitlines()[1].split()
         return int(info[2]), int(info[3])
 
+    def limit_mib(self, domid):
+        """Return how much memory a domain may have."""
+        from xenvm.helpers.builder import xen  # noqa: PLC0415 - see below
+
+        info = xen.ffi.new("xc_domaininfo_t *")
+        assert xen.lib.xc_domain_getinfolist(xen.Hypervisor().handle, domid, 1, info) == 1
+        assert info.domain == domid
+        return info.max_pages >> 8
+
+    def cpus(self):
+        """Return how many CPUs there are."""
+        return int(re.search(r"^nr_cpus *: (\d+)$", run("xl", "info").stdout, re.MULTILINE)[1])
+
     def destroy(self, domid):
         """Destroy a domain behind its monitor's back."""
         run("xl", "destroy", str(domid))
@@ -261,6 +275,12 @@ class SimulatedHost:
     def shape(self, domid):
         told = self.machine.call("look", domid=domid)
         return told["memory_kib"] // 1024, told["vcpus"]
+
+    def limit_mib(self, domid):
+        return self.machine.call("look", domid=domid)["limit_kib"] // 1024
+
+    def cpus(self):
+        return CPUS
 
     def destroy(self, domid):
         self.machine.call("destroy", domid=domid)

@@ -296,6 +296,33 @@ def test_memory_is_checked_before_anything_is_created(vm):
 
 
 @pytest.mark.long
+def test_a_guest_may_grow_to_memory_max(host, vm):
+    """It starts with `memory`, and the hypervisor lets it have more by itself."""
+    guest = vm(**{"memory-max": 160})
+    guest.start()
+    guest.up()
+    assert host.shape(guest.domid)[0] in (128, 129)
+    assert 160 <= host.limit_mib(guest.domid) <= 162
+    guest.write(**{"memory-max": 128})
+    guest.cmd("read-config")
+    guest.cmd("restart", "force=true")
+    assert 128 <= host.limit_mib(guest.domid) <= 130
+
+
+def test_a_processor_that_the_host_has_not_is_refused(host, vm):
+    """Also beside one that it has: Xen alone would take that without a word."""
+    cpus = host.cpus()
+    guest = vm(**{"cpus-affinity": f"0:0,{cpus}"})
+    said = f"cpus-affinity: virtual CPU 0: this host has no CPU {cpus} online"
+    assert said in guest.start(code=1).stderr
+    guest.write(**{"cpus-affinity": f"0:{cpus},4095"})
+    assert f"no CPU {cpus}, 4095 online" in guest.start(code=1).stderr
+    assert guest.left() == []
+    guest.write(**{"cpus-affinity": f"0:0,{cpus - 1}" if cpus > 1 else "0:0"})
+    guest.start()
+    guest.up()
+
+
 def test_events_and_wait(host, vm):
     guest = vm(startup="shutdown")
     guest.start()

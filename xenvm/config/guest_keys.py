@@ -220,8 +220,11 @@ BUILD_KEYS: Final = (
         parse=integer(1, _MAX_MEMORY_MIB, "MiB"),
         value=f"MiB, `memory` to {_MAX_MEMORY_MIB}",
         blank_is_default=True,
-        help="The memory the guest may grow to; by default the value of `memory`.",
-        applied="`memory/static-max` in xenstore; the memory limit of the domain",
+        help="The memory that a PV guest may grow to, by default the value of `memory`; that is what it starts with. "
+        "No command makes it grow: its own balloon driver does, when somebody in the guest tells it to, or dom0 writes "
+        "`memory/target` of the domain. Nobody sets aside what it may take beyond `memory`. This version refuses it "
+        "for HVM guests, unless it is the value of `memory`.",
+        applied="the memory limit of the domain; `memory/static-max` in xenstore",
     ),
     Key(
         name="videoram",
@@ -263,7 +266,7 @@ BUILD_KEYS: Final = (
         value="VCPU:CPU[,CPU...]",
         default=(),
         repeatable=True,
-        help="The host CPUs that one virtual CPU may run on.",
+        help="The host CPUs that one virtual CPU may run on. A CPU that is not online ends the start with an error.",
         applied="hard affinity of the virtual CPU, after the build",
     ),
     Key(

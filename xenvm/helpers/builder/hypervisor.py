@@ -32,6 +32,26 @@ class HypervisorError(XenvmError):
     """The hypervisor or one of its libraries refused a call."""
 
 
+def cpu_map(cpus: Iterable[int], size_bytes: int) -> bytes:
+    """Return a set of processors as Xen takes it, a bit for each; those beyond its size are left out."""
+    bits = bytearray(size_bytes)
+    for cpu in cpus:
+        if cpu < size_bytes * 8:
+            bits[cpu // 8] |= 1 << (cpu % 8)
+    return bytes(bits)
+
+
+def refuse_absent(vcpu: int, cpus: Iterable[int], there: bytes) -> None:
+    """Raise HypervisorError for processors that are not in the map of those that Xen has given a vcpu."""
+    absent = [cpu for cpu in sorted(cpus) if cpu >= len(there) * 8 or not there[cpu // 8] >> (cpu % 8) & 1]
+    if absent:
+        names = ", ".join(map(str, absent[:16])) + (", ..." if len(absent) > 16 else "")
+        raise HypervisorError(
+            f"cpus-affinity: virtual CPU {vcpu}: this host has no CPU {names} online",
+            hint="`xl info` tells how many CPUs there are; they count from 0, and are those of the guest's CPU pool",
+        )
+
+
 class HostMemory(Record):
     """What the hypervisor could still give out, in KiB."""
 

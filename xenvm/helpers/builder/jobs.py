@@ -200,7 +200,8 @@ class Builder:
             size = {"memory_kib": limit_kib, "memory_mib": grants.memory_mib}
             xen.prepare_hvm(domid, grants.vcpus, machine, **size, restores=job.op in RESTORING)
         else:
-            xen.prepare_pv(domid, grants.vcpus, memory_kib=memory_kib + MAXMEM_SLACK_KIB, map_kib=max_kib)
+            # the limit is known to a Linux from its boot on: it could not grow beyond one that is raised later
+            xen.prepare_pv(domid, grants.vcpus, memory_kib=max_kib + MAXMEM_SLACK_KIB, map_kib=max_kib)
         xen.pin(domid, grants.affinity)
         store_domid, console_domid = self._daemon("xenstored"), self._daemon("xenconsoled")
         channels = Channels(

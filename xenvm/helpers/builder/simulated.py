@@ -12,7 +12,15 @@ from xenvm.errors import WrongStateError
 from xenvm.helpers import imagefile, saved
 from xenvm.helpers.builder import hypervisor, pages
 from xenvm.helpers.builder import image as images
-from xenvm.helpers.builder.hypervisor import SHUTDOWN_POWEROFF, Channels, HostMemory, HypervisorError, Rings
+from xenvm.helpers.builder.hypervisor import (
+    SHUTDOWN_POWEROFF,
+    Channels,
+    HostMemory,
+    HypervisorError,
+    Rings,
+    cpu_map,
+    refuse_absent,
+)
 from xenvm.simulator.client import Machine, MachineError
 
 TYPE_CHECKING = False
@@ -63,7 +71,8 @@ class Hypervisor(hypervisor.Hypervisor):
     def pin(self, domid: int, rules: tuple[Affinity, ...]) -> None:
         """Check that the processors exist."""
         for rule in rules:
-            self._call("pin", domid=domid, cpus=list(rule.cpus))
+            there = self._call("pin", domid=domid)
+            refuse_absent(rule.vcpu, rule.cpus, cpu_map(range(there), (there + 7) // 8))
 
     def event_channel(self, domid: int, remote_domid: int, what: str) -> int:  # noqa: ARG002
         """Return a new port."""

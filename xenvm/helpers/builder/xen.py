@@ -8,6 +8,7 @@ a guest wrote.
 
 from __future__ import annotations
 
+import errno
 import os
 
 from xenvm.boundary.messages import Domain, DomainState, Phase
@@ -21,6 +22,8 @@ from xenvm.helpers.builder.hypervisor import (
     HostMemory,
     HypervisorError,
     Rings,
+    cpu_map,
+    refuse_absent,
 )
 
 TYPE_CHECKING = False
@@ -217,18 +220,18 @@ class Hypervisor(hypervisor.Hypervisor):
             raise HypervisorError(f"setting the CPU policy: {self.reason(-result)}")
 
     def pin(self, domid: int, rules: tuple[Affinity, ...]) -> None:
-        """Set hard affinities."""
+        """Set hard affinities.
+
+        Xen takes what is not online without a word, unless that is all, and hands back what is.
+        """
         size = lib.xc_get_cpumap_size(self._xch)
         for rule in rules:
-            hard, soft = ffi.new("uint8_t[]", size), ffi.new("uint8_t[]", size)
-            for cpu in rule.cpus:
-                if cpu >= size * 8:
-                    raise HypervisorError(f"cpus-affinity: this host has no CPU {cpu}")
-                hard[cpu // 8] |= 1 << (cpu % 8)
-            self.check(
-                lib.xc_vcpu_setaffinity(self._xch, domid, rule.vcpu, hard, soft, lib.XEN_VCPUAFFINITY_HARD),
-                f"pinning vcpu {rule.vcpu}",
-            )
+            hard, soft = ffi.new("uint8_t[]", [*cpu_map(rule.cpus, size)]), ffi.new("uint8_t[]", size)
+            result = lib.xc_vcpu_setaffinity(self._xch, domid, rule.vcpu, hard, soft, lib.XEN_VCPUAFFINITY_HARD)
+            if result < 0 and ffi.errno == errno.EINVAL:
+                refuse_absent(rule.vcpu, rule.cpus, b"")
+            self.check(result, f"pinning vcpu {rule.vcpu}")
+            refuse_absent(rule.vcpu, rule.cpus, bytes(ffi.buffer(hard)))
 
     def event_channel(self, domid: int, remote_domid: int, what: str) -> int:
         """Allocate a port of the domain for a daemon in `remote_domid`; return it."""
