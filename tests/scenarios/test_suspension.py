@@ -229,9 +229,20 @@ def test_the_start_of_a_monitor_restores(host, vm, folder):
     guest.until("running")
     assert only(folder) == []
     guest.end()
-    failed = guest.start(code=1).stderr
-    assert str(file) in failed
+    assert f"startup: {file}: No such file" in guest.start(code=6).stderr
     until(lambda: guest.left() == [], "nothing is left")
+
+
+def test_a_start_says_what_is_wrong_with_its_image(vm, folder):
+    """In the words that `xenvm --check` has for it, and with its exit status; nothing is left."""
+    guest = vm(startup=f"restore {folder}/none")
+    for file, why in ((folder / "none", "No such file or directory"), (folder, "is a regular file")):
+        guest.write(startup=f"restore {file}")
+        said = guest.start(code=6).stderr
+        assert said.startswith(f"startup: {file}: ")
+        assert why in said
+        assert "hint: `startup = started`" in said
+        until(lambda: guest.left() == [], "nothing is left")
 
 
 def test_two_saves_at_once_and_cancel(vm, folder):

@@ -705,15 +705,18 @@ def test_another_file_of_its_name_stays(bench, granted):
     assert bench.acts.of("image-removed")[0]["why"] == "another file has its name"
 
 
-@pytest.mark.parametrize("kind", ["missing", "directory"])
-def test_without_the_granted_image_a_domain_can_still_be_adopted(bench, granted, kind):
+@pytest.mark.parametrize(
+    ("kind", "why"), [("missing", "No such file or directory"), ("directory", "an image is a regular file")]
+)
+def test_without_the_granted_image_a_domain_can_still_be_adopted(bench, granted, kind, why):
+    """Where there is none the builder has to say what is wrong with the image; the broker alone knows."""
     granted.unlink()
     if kind == "directory":
         granted.mkdir()
     job, pipes = begin(bench)
-    assert (job.op, pipes) == (Op.START_RESTORED, 0)
+    assert (job.op, pipes, job.unreadable) == (Op.START_RESTORED, 0, why)
     assert workers(Role.STREAM) == []
-    assert bench.acts.of("refused")[0]["op"] == "start-restored"
+    assert bench.acts.of("refused")[0] == {"op": "start-restored", "why": f"cannot read {granted}: {why}"}
 
 
 def test_a_name_alone_is_no_image(tmp_path):

@@ -407,7 +407,7 @@ class Job(Message):
 
     `vbds` and `vifs` are the devices to plug, `kind` and `device` (-1: none) the one to unplug, which with `disc` must
     be a disc in a CD drive; `force` takes one away that the guest does not let go. With it, a restore takes the image
-    of another VM. `restored` is noted with the domain when it is whole: the image it came from.
+    of another VM. `restored` is the image it came from, noted when it is whole; `unreadable` says why there is none.
     """
 
     op: Op
@@ -423,6 +423,7 @@ class Job(Message):
     timeout_s: int = 40
     restored: str = ""
     live: bool = False
+    unreadable: str = ""
     KIND: ClassVar = 7
     DESCRIPTORS: ClassVar = 4
     CHECKS: ClassVar = {
@@ -439,6 +440,7 @@ class Job(Message):
         "timeout_s": _SECONDS,
         "restored": string(80, forms.printable),
         "live": flag,
+        "unreadable": string(200),
     }
 
 

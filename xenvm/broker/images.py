@@ -48,20 +48,20 @@ def _check_file(descriptor: int) -> None:
         raise UsageError("an image is a regular file that is open")
 
 
-def open_granted(path: str, acts: ActLog) -> int:
-    """Open the image that the config names, or log why not and return -1: a domain that runs is adopted without."""
+def open_granted(path: str, acts: ActLog) -> dict[str, object]:
+    """Open the image that the config names; return it and why not, for a Change: a domain that runs needs none."""
+    descriptor, why = -1, ""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
-    except OSError as error:
-        acts.append("refused", op=Op.START_RESTORED.value, why=f"cannot open {path[:400]}: {error.strerror}")
-        return -1
-    try:
         check_source(descriptor)
+    except OSError as error:
+        why = error.strerror or str(error)
     except UsageError as error:
         os.close(descriptor)
-        acts.append("refused", op=Op.START_RESTORED.value, why=f"{path[:400]}: {error.message}")
-        return -1
-    return descriptor
+        descriptor, why = -1, error.message
+    if why:
+        acts.append("refused", op=Op.START_RESTORED.value, why=f"cannot read {path[:400]}: {why}")
+    return {"image": descriptor, "unreadable": why}
 
 
 def identity(descriptor: int) -> str:

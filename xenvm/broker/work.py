@@ -46,7 +46,7 @@ class Change(Record):
 
     `path` is where a new image is to be, in a directory that the host's policy opens; it is written `live`, or while
     the guest stands still. `timeout_s` is how long a guest may take. With `disc` only a disc in a CD drive is taken
-    away.
+    away. `unreadable` says why there is no image to start from.
     """
 
     wanted: Wanted = Wanted()
@@ -57,6 +57,7 @@ class Change(Record):
     image: int = -1
     path: str = ""
     live: bool = False
+    unreadable: str = ""
 
     def job(self, op: Op, domid: int, grants: Grants, plugging: Plugging | None) -> Job:
         """Return what a builder or hotplug worker is told of it."""
@@ -67,6 +68,7 @@ class Change(Record):
             *(self.disc, self.force, self.timeout_s),
             restored=identity(self.image) if op is Op.START_RESTORED and self.image >= 0 else "",
             live=self.live,
+            unreadable=self.unreadable[:200],
         )
 
 
@@ -130,7 +132,7 @@ class Work:
         try:
             images = host.open_images(grants) if self.op in REBUILDING - RESTORING else []
             if self.op is Op.START_RESTORED:
-                self.change = self.change.but(image=open_granted(grants.image, acts))
+                self.change = self.change.but(**open_granted(grants.image, acts))
                 self.held += [self.change.image] if self.change.image >= 0 else []  # all others come with a request
             if self.change.path:
                 self.place = Target(self.op, self.change.path)

@@ -265,7 +265,11 @@ class Builder:
         What a guest may see of the processor is part of the stream.
         """
         if not streams:
-            raise XenvmError(f"the image {job.grants.image} cannot be opened: the monitor's log says why")
+            raise XenvmError(
+                f"startup: {job.grants.image[:2000]}: {job.unreadable or 'there is no image'}",
+                hint="`startup = started` builds the guest without an image",
+                code=ExitCode.CONFIG_REFUSED,
+            )
         self._progress("checking the image", 0, 0)
         self._check_image(self._plugging.image(), job)
 
