@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The table of commands: names, aliases, arguments, and what this version refuses and why."""
 
+import re
+
 import pytest
 
 from xenvm.cli.verbs import VERBS
@@ -72,6 +74,17 @@ def test_every_command_is_carried_out_somewhere():
 
 def test_the_command_line_knows_the_same_commands():
     assert {verb.name for verb in VERBS} - {"list"} | {"console-log", "commit"} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb.name != "list"], ids=lambda verb: verb.name)
+def test_the_help_of_a_command_has_every_argument_that_its_monitor_takes(verb):
+    old = {"read-config": {"path"}}.get(verb.name, {"forced"})  # words that old clients send
+    taken = COMMANDS[verb.name].arguments - old
+    if verb.name == "disk-add":
+        told = set(re.findall(r"([a-z]+)=", verb.arguments + verb.summary))
+    else:
+        told = set(re.findall(r"([a-z]+)=", verb.arguments)) | {verb.bare, verb.switch} - {""}
+    assert taken == told
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -37,11 +37,17 @@ VERBS = (
     Verb("destroy", "", "end the domain at once, as if its power were cut"),
     Verb(
         "suspend",
-        "FILE [timeout=S]",
-        "write the guest into an image, then end its domain; timeout is how long the guest may take to suspend",
+        "FILE [live=true] [timeout=S]",
+        "write the guest into an image, then end its domain; live (HVM) writes most of it while the guest still runs; "
+        "timeout is how long the guest may take to suspend",
         bare="file",
     ),
-    Verb("checkpoint", "FILE [timeout=S]", "write the guest into an image and let it run on", bare="file"),
+    Verb(
+        "checkpoint",
+        "FILE [live=true] [timeout=S]",
+        "write the guest into an image and let it run on; live and timeout as with suspend",
+        bare="file",
+    ),
     Verb(
         "restore",
         "FILE [paused=true] [delete=true] [foreign=true]",
