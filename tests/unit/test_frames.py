@@ -51,7 +51,9 @@ def pipe():
         os.close(descriptor)
 
 
-GOOD = b'{"sequence":7,"step":"x","done_kib":0,"total_kib":0,"round":0,"dirty_pages":-1,"rate_kib_s":0}'
+GOOD = (
+    b'{"sequence":7,"step":"x","done_kib":0,"total_kib":0,"round":0,"dirty_pages":-1,"rate_kib_s":0,"dirty_pages_s":-1}'
+)
 
 
 def test_the_frame_these_tests_vary_is_good():

@@ -3,12 +3,14 @@
 
 import json
 import os
+import re
 import tempfile
+from pathlib import Path
 
 import pytest
 from test_devicemodel import PLAIN
 
-from xenvm.boundary.images import Image
+from xenvm.boundary.images import Image, Progress
 from xenvm.boundary.machine import Wish
 from xenvm.boundary.messages import Domain, DomainState, Grants, Job, Op, Phase
 from xenvm.errors import ExitCode, WrongStateError, XenvmError
@@ -405,3 +407,84 @@ def test_how_often_the_memory_of_a_running_guest_is_written(xen, store, virtual,
     number, written = rounds(saving_of(xen, store, virtual, live=True), dirty)
     assert number == passes
     assert written <= 2.5 * 100_000
+
+
+class Clock:
+    """Time that passes when the test says so."""
+
+    def __init__(self):
+        self.now_s = 1000.0
+
+    def monotonic(self):
+        return self.now_s
+
+    def sleep(self, seconds):
+        self.now_s += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(saving, "time", made)
+    return made
+
+
+def test_how_fast_an_image_is_written_is_told(xen, store, clock):
+    """From when the guest stands still; waiting for that is not counted."""
+    told = []
+    saver = Saving(xen, store, job(), lambda *what: told.append(what), Packer())
+    xen.domain = SUSPENDED
+    saver._suspend()
+    told.clear()
+    for done, after_s in ((256, 0.1), (512, 0.1), (1024, 1.9)):
+        clock.now_s += after_s
+        saver._frames(done, 2048)
+    assert told == [
+        ("writing the image", 1024, 8192, 0, -1, 10240),
+        ("writing the image", 4096, 8192, 0, -1, 1950),
+    ]
+    assert Progress(1, *told[1]).told() == {
+        "step": "writing the image",
+        "done_kib": 4096,
+        "total_kib": 8192,
+        "rate_kib_s": 1950,
+    }
+
+
+def test_how_fast_a_running_guest_writes_to_its_memory_is_told(xen, store, virtual, clock):
+    """The first round is all of it; those after it are what it has written to, over the time of a whole round."""
+    told = []
+    saver = Saving(xen, store, job(grants=HVM, live=True), lambda *what: told.append(what), virtual)
+    saver._memory_kib = 400_000
+    assert saver._another(0, 0, 100_000)
+    clock.now_s += 10
+    saver._frames(50_000, 100_000)
+    clock.now_s += 10
+    assert saver._another(1, 100_000, -1)
+    assert saver._another(1, 100_000, 4_000)
+    clock.now_s += 2
+    saver._frames(1_000, 4_000)
+    assert saver._another(2, 104_000, -1)
+    assert saver._another(2, 104_000, 600)
+    clock.now_s += 1
+    saver._frames(600, 600)
+    step = "writing the memory of the running guest"
+    assert told == [
+        (step, 200_000, 400_000, 1, -1, 20_000, -1),
+        (step, 4_000, 16_000, 2, 4_000, 2_000, 200),
+        (step, 2_400, 2_400, 3, 600, 2_400, 300),
+    ]
+    said = Progress(1, *told[2]).told()
+    assert {key: said[key] for key in ("round", "dirty_pages", "dirty_pages_s")} == {
+        "round": 3,
+        "dirty_pages": 600,
+        "dirty_pages_s": 300,
+    }
+    assert Progress.from_body(Progress(1, *told[2]).as_body()).dirty_pages_s == 300
+
+
+def test_the_protocol_page_lists_every_field_of_a_progress():
+    page = (Path(saving.__file__).parents[3] / "docs/xenvm-protocol.7.md").read_text()
+    table = page.partition("A `progress` tells only")[2].partition("###")[0]
+    fields = set(re.findall(r"`([a-z_]+)`", "".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE))))
+    assert fields == set(Progress(1, "x", 1, 1, 1, 1, 1, 1).told())

@@ -32,8 +32,8 @@ def is_uuid_or_none(text: str) -> bool:
 class Progress(Message):
     """A step of a long request has begun, or is so far; `total_kib` is 0 where the end is not known.
 
-    A guest that is saved live is told of by `round`, from 1 on, the pages that it has written to since the last one
-    (-1: not known), and how fast its memory is written, in KiB a second.
+    `rate_kib_s` is how fast it goes, 0 where that is not known. A guest that is saved live is told of by `round`, from
+    1 on, the pages that it has written to in the last one, and how many in a second (-1: not known).
     """
 
     sequence: int
@@ -43,6 +43,7 @@ class Progress(Message):
     round: int = 0
     dirty_pages: int = -1
     rate_kib_s: int = 0
+    dirty_pages_s: int = -1
     KIND: ClassVar = 6
     CHECKS: ClassVar = {
         "sequence": _SEQUENCE,
@@ -52,6 +53,7 @@ class Progress(Message):
         "round": number(0, 10000),
         "dirty_pages": number(-1, 2**42),
         "rate_kib_s": number(0, 2**42),
+        "dirty_pages_s": number(-1, 2**42),
     }
 
     def told(self) -> dict[str, object]:
@@ -59,9 +61,12 @@ class Progress(Message):
         body: dict[str, object] = {"step": self.step}
         if self.total_kib:
             body |= {"done_kib": self.done_kib, "total_kib": self.total_kib}
+        if self.rate_kib_s:
+            body["rate_kib_s"] = self.rate_kib_s
         if self.round:
-            body |= {"round": self.round, "rate_kib_s": self.rate_kib_s}
-        return body | ({"dirty_pages": self.dirty_pages} if self.dirty_pages >= 0 else {})
+            body["round"] = self.round
+        known = {"dirty_pages": self.dirty_pages, "dirty_pages_s": self.dirty_pages_s}
+        return body | {key: value for key, value in known.items() if value >= 0}
 
 
 class Save(Message):

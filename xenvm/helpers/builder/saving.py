@@ -45,9 +45,11 @@ class Saving:
         self._asked = False
         self._machine = bool(tree.read_model(store, job.uuid)[0])
         """Whether it has a device model: the config may be a newer one."""
-        self._told_s = self._stopped_s = 0.0
+        self._told_s = self._stopped_s = self._writing_s = self._looked_s = 0.0
         self._memory_kib = 0
-        self._round, self._round_s, self._dirty = 0, 0.0, NOT_KNOWN
+        self._round, self._round_s = 0, 0.0
+        self._dirty = self._dirty_s = NOT_KNOWN
+        """Pages that the guest has written to while the last round was written, and how many in a second."""
         self._first = 0  # what libxenguest counts for the first round: also frames that are not memory
 
     def run(self, descriptors: list[int], domain: Domain, *, go_on: bool) -> str:
@@ -134,6 +136,7 @@ class Saving:
             raise WrongStateError("the guest ended instead of suspending")
         self._wish(Wish.SAVE)
         self._tell("writing the image", 0, 0)
+        self._writing_s = time.monotonic()
 
     def _why_not(self) -> str:
         home = tree.domain_path(self._job.domid)
@@ -148,11 +151,13 @@ class Saving:
         if now_s - self._told_s >= TELL_PAUSE_S:
             self._told_s = now_s
             kib = (done * image.PAGE_KIB, total * image.PAGE_KIB)
-            if self._asked or not self._job.live:
-                self._tell("writing the image", *kib)
+            runs = self._job.live and not self._asked
+            rate_kib_s = round(kib[0] / max(now_s - (self._round_s if runs else self._writing_s), POLL_S))
+            if runs:
+                dirty = (self._dirty, rate_kib_s, self._dirty_s)
+                self._tell("writing the memory of the running guest", *kib, self._round + 1, *dirty)
             else:
-                rate_kib_s = round(kib[0] / max(now_s - self._round_s, POLL_S))
-                self._tell("writing the memory of the running guest", *kib, self._round + 1, self._dirty, rate_kib_s)
+                self._tell("writing the image", *kib, 0, NOT_KNOWN, rate_kib_s)
 
     def _wish(self, wish: Wish) -> None:
         """Have the device model do something, if there is one."""
@@ -168,7 +173,10 @@ class Saving:
             self._round, self._round_s = rounds, time.monotonic()
         self._first = written if rounds == 1 and not self._first else self._first
         if dirty != NOT_KNOWN:
-            self._dirty = dirty if rounds else NOT_KNOWN
+            now_s = time.monotonic()
+            if rounds:  # before that it is all there is
+                self._dirty, self._dirty_s = dirty, round(dirty / max(now_s - self._looked_s, POLL_S))
+            self._looked_s = now_s
         pages = self._memory_kib / image.PAGE_KIB
         beyond = rounds > 0 and pages + written - self._first >= WRITTEN_LIMIT * pages
         few = rounds > 0 and NOT_KNOWN < dirty < FEW_PAGES
