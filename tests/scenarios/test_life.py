@@ -6,6 +6,7 @@ import pty
 import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import QUIET, json_of, until
@@ -321,6 +322,33 @@ def test_a_processor_that_the_host_has_not_is_refused(host, vm):
     guest.write(**{"cpus-affinity": f"0:0,{cpus - 1}" if cpus > 1 else "0:0"})
     guest.start()
     guest.up()
+
+
+@pytest.mark.parametrize("where", ["log", "output"])
+def test_debug_logs_every_operation(host, vm, where):
+    """Into the log of this VM, or the file that the config names; without it only changes of state are there."""
+    log = host.logs / "{}.log" if where == "log" else host.directory() / "{}"
+    guest, other = vm(debug="true"), vm()
+    paths = [str(log).format(one.uuid) for one in (guest, other)]
+    for one, path in zip((guest, other), paths, strict=True):
+        one.write(**({"output": path} if where == "output" else {}))
+        one.start()
+        one.up()
+        one.cmd("pause")
+        one.cmd("unpause")
+        one.cmd("destroy")
+    texts = [Path(path).read_text() for path in paths]
+    for text, one in zip(texts, (guest, other), strict=True):
+        assert re.search(rf"^\d{{4}}-\d\d-\d\dT[0-9:]+Z uuid={one.uuid} state=paused domid=\d+ ", text, re.MULTILINE)
+    for said in ("command pause from user ", "asked pause", "command unpause from", "asked unpause", "asked destroy"):
+        assert f"uuid={guest.uuid} {said}" in texts[0]
+    assert "command" not in texts[1]
+    assert "asked" not in texts[1]
+    guest.cmd("start")
+    guest.write(debug="false")
+    guest.cmd("read-config")
+    guest.cmd("pause")
+    assert Path(paths[0]).read_text().count("asked pause") == 1
 
 
 def test_events_and_wait(host, vm):
