@@ -28,7 +28,7 @@ COMMANDS = (
     *(("pause", {}), ("unpause", {}), ("status", {}), ("domid", {}), ("disk-list", {}), ("doctor", {})),
     *(("nic-add", {}), ("nic-del", {"id": "0", "force": "true"}), ("read-config", {})),
     *(("restart", {"force": "true"}), ("restart", {"timeout": "5"}), ("shutdown", {"timeout": "5"})),
-    *(("destroy", {}), ("start", {}), ("start", {"paused": "true"})),
+    *(("destroy", {}), ("start", {}), ("start", {"paused": "true"}), ("doctor", {"clean": "true"})),
 )
 MEMORY = ("Pss:", "Private_Dirty:")
 

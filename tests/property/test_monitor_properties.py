@@ -68,7 +68,7 @@ class Life(RuleBasedStateMachine):
                 *(("restart", {"timeout": "2"}), ("restart", {"force": "true"})),
                 *(("disk-list", {}), ("nic-add", {}), ("nic-del", {"id": "0", "force": "true"}), ("doctor", {})),
                 *(("disk-add", {"device": "xvdb"}), ("disk-del", {"device": "xvdb", "force": "true"})),
-                *(("status", {}), ("domid", {}), ("read-config", {})),
+                *(("status", {}), ("domid", {}), ("read-config", {}), ("doctor", {"clean": "true"})),
             ]
         )
     )
