@@ -110,7 +110,7 @@ def _disk(disk: DiskSpec) -> tuple[str, str]:
     if disk.cdrom and not disk.virtpath.startswith("hd"):
         return "the CD drives of an HVM guest are hda to hdd", "use one of these, or devtype disk"
     if disk.cdrom and (disk.crypt or disk.type in (DiskType.QCOW, DiskType.VHD)):
-        return "a disc in a CD drive of an HVM guest is a file or device as it is", "use phy, file or aio, not encrypted"
+        return "a disc in a CD drive of an HVM guest is a file or device as it is", "use phy, file or aio, no cipher"
     if not disk.virtpath.startswith(("hd", "sd")):
         return "", ""
     if slot is None or slot.partition:
