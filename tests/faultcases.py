@@ -366,9 +366,12 @@ class Sampled(Case):
                 raise Spared(ABSENT)
 
     def pid(self):
-        if self.victim != "worker":
-            return super().pid()
-        there = self.vm.pids()
+        try:
+            if self.victim != "worker":
+                return super().pid()
+            there = self.vm.pids()
+        except FileNotFoundError:  # there is no monitor yet
+            return 0
         return next((there[role] for role in WORKERS if role in there), 0)
 
     def strike(self):
