@@ -706,7 +706,8 @@ def test_another_file_of_its_name_stays(bench, granted):
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"), [("missing", "No such file or directory"), ("directory", "an image is a regular file that is open")]
+    ("kind", "why"),
+    [("missing", "No such file or directory"), ("directory", "an image is a regular file that is open")],
 )
 def test_without_the_granted_image_a_domain_can_still_be_adopted(bench, granted, kind, why):
     """Where there is none the builder has to say what is wrong with the image; the broker alone knows."""

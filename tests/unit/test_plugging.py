@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The broker's part of plugging, its workers played by the test: in which order, and that nothing stays open."""
 
+import gc
 import os
 import socket
 import stat
@@ -114,6 +115,7 @@ def directory():
 @pytest.fixture
 def bench(directory, monkeypatch):
     FakeChild.made = []
+    gc.collect()  # what other tests have dropped closes its descriptors now, and not while these are counted
     before = descriptors()
     made = Bench(directory)
     monkeypatch.setattr(plugging, "Child", FakeChild)

@@ -43,16 +43,19 @@ def _read_back(image: int, begin: int, punch: Punch) -> int:
         checksum = zlib.crc32(view[skip:count], checksum)
         skip = 0
         if punching:
-            punching = _punch(image, at, view[:count], zeros, punch)
+            punching = _punch(image, at, chunk, count, zeros, punch)
         at += count
     return checksum
 
 
-def _punch(image: int, at: int, view: memoryview, zeros: bytes, punch: Punch) -> bool:
-    """Make holes of the zero pages in one chunk, neighbours together; False when the file system knows no holes."""
-    begin, count = -1, len(view)
+def _punch(image: int, at: int, chunk: bytearray, count: int, zeros: bytes, punch: Punch) -> bool:
+    """Make holes of the zero pages in one chunk, neighbours together; False when the file system knows no holes.
+
+    Slices of the bytes are copies, which are compared at once; those of a view are compared byte after byte.
+    """
+    begin = -1
     for page in range(0, count + PAGE_BYTES, PAGE_BYTES):
-        if page + PAGE_BYTES <= count and view[page : page + PAGE_BYTES] == zeros:
+        if page + PAGE_BYTES <= count and chunk[page : page + PAGE_BYTES] == zeros:
             begin = page if begin < 0 else begin
         elif begin >= 0:
             result = punch(image, at + begin, page - begin)
