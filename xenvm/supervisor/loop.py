@@ -33,7 +33,7 @@ from xenvm.supervisor.control import Request
 from xenvm.supervisor.looking import Looking
 from xenvm.supervisor.machine import QUICK_DEATH_HVM_S, QUICK_DEATH_S, SUSPEND_REASON, Happening, Vm, seen, step
 from xenvm.supervisor.pending import GOALS, Operation, Waiter, error_of
-from xenvm.supervisor.sleeping import Sleeping
+from xenvm.supervisor.saving import Saving
 from xenvm.supervisor.states import ALIVE, ENDED, STABLE, Event, State
 
 TYPE_CHECKING = False
@@ -59,7 +59,7 @@ REQUESTS: Final = frozenset(
 )  # a guest that runs on is no news
 
 
-class Supervisor(Sleeping):
+class Supervisor(Saving):
     """All state of one VM's unprivileged side."""
 
     def __init__(self, broker: Channel, listener: socket.socket, watcher: Channel, init: Init) -> None:
@@ -309,15 +309,9 @@ class Supervisor(Sleeping):
     # Clients
 
     def _drop(self, client: Client) -> None:
-        """Forget a client; a command it has begun goes on, unless the image of it is the client's to take over."""
+        """Forget a client; a command it has begun goes on."""
         self._handovers = {key: value for key, value in self._handovers.items() if value[0] is not client}
-        if self._operation and self._operation.client is client:
-            self._operation.client = None
-            if self._asked and self._asked[1] in (Op.SAVE, Op.CHECKPOINT):  # into a file that nobody would ever see
-                self._cancel()
         super()._drop(client)
-        if self._operation and self._operation.owner is client and self._operation.commit_due_s:
-            self._abandon("whoever was to take over the image has gone")
 
     def _command(self, client: Client, request: Request) -> None:
         name, command = commands.find(request.method)
@@ -442,68 +436,6 @@ class Supervisor(Sleeping):
         self._handovers[self._sequence] = (client, request.identifier)
         self._device_asks[self._sequence] = name
 
-    def _do_image(self, client: Client, request: Request) -> None:
-        """Begin a command about a save image: the file comes open with the request, and goes on to the broker."""
-        name, now_s = commands.ALIASES.get(request.method, request.method), time.monotonic()
-        if self._wait_for_broker(name, client, request):
-            return
-        self._sequence += 1
-        event, op, message = images.request(name, self._sequence, request.params, hvm=answers.is_hvm(self._init))
-        after, _ = step(self._vm, Happening(event, now_s))  # raises before anything has changed
-        handed = client.take_handed()
-        try:
-            if not client.modern:
-                raise UsageError(f"{name}: the file comes as an open descriptor", hint="xenvm-cmd opens and sends it")
-            known = (request.params, self._init.image_directories)
-            self._broker.send(images.placed(name, message, len(handed), *known), handed)
-        finally:
-            for descriptor in handed:
-                os.close(descriptor)
-        self._asked = (self._sequence, op)
-        self._operation = Operation(name, client, request.identifier, now_s)
-        self._move(after, event)
-
-    def _saved(self, message: Done) -> None:
-        """Tell whoever asked that the image is whole; it gets its name before the domain goes (`commit`)."""
-        self._happen(Happening(Event.SAVED, time.monotonic()))
-        operation = self._operation
-        if operation is None or operation.client is None:
-            self._abandon("whoever was to take over the image has gone")
-            return
-        client, operation.owner, operation.client = operation.client, operation.client, None
-        operation.told = images.size(message.text)
-        operation.commit_due_s = time.monotonic() + images.COMMIT_WAIT_S
-        client.reply(operation.identifier, "", operation.told)
-        self._serve(client)
-
-    def _abandon(self, why: str) -> None:
-        """Let the guest of a finished image run on."""
-        if self._operation:
-            self._operation.commit_due_s = 0.0
-        fault = Fault(int(ExitCode.FAILED), f"suspend: {why}; the guest runs on", "")
-        self._happen(Happening(Event.ABANDONED, time.monotonic(), fault=fault))
-
-    def _do_commit(self, client: Client, request: Request) -> None:
-        operation = self._operation
-        if operation is None or operation.owner is not client or not operation.commit_due_s:
-            raise WrongStateError(f"commit: no image of yours waits for it; the VM is {self._vm.state}")
-        operation.commit_due_s, operation.client, operation.identifier = 0.0, client, request.identifier
-        self._happen(Happening(Event.COMMITTED, time.monotonic()))
-
-    def _do_cancel(self, client: Client, request: Request) -> None:
-        operation = self._operation
-        if operation is None or operation.name not in images.CANCELLABLE:
-            raise WrongStateError("cancel: no suspend, checkpoint or restore runs")
-        operation.cancelled_by.append((client, request.identifier))
-        if operation.commit_due_s:
-            self._abandon("cancelled")
-        elif self._asked and self._asked[1] is not Op.DESTROY:
-            self._cancel()
-
-    def _cancel(self) -> None:
-        self._sequence += 1
-        self._broker.send(Ask(self._sequence, Op.CANCEL, "", 0))
-
     def _change_disc(self, name: str, client: Client, request: Request) -> None:
         """Have the device model take a disc or let it go: what an HVM guest has is a real drive."""
 
@@ -584,10 +516,10 @@ class Supervisor(Sleeping):
         "console": _do_console,
         "console-log": _do_console_log,
         **dict.fromkeys(devices.COMMANDS, _do_device),
-        **dict.fromkeys(images.COMMANDS, _do_image),
-        **dict.fromkeys(sleeping.COMMANDS, Sleeping.do_sleep),
-        "commit": _do_commit,
-        "cancel": _do_cancel,
+        **dict.fromkeys(images.COMMANDS, Saving.do_image),
+        **dict.fromkeys(sleeping.COMMANDS, Saving.do_sleep),
+        "commit": Saving.do_commit,
+        "cancel": Saving.do_cancel,
         "trigger": _do_trigger,
         "get-vnc": _do_vnc,
         "get-stubdomid": _do_stubdomid,
