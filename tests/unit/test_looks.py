@@ -371,6 +371,26 @@ def test_a_fresh_watcher_or_a_failure_means_a_look_of_ones_own():
     assert looking.begin(102.0) == 0
 
 
+def test_after_a_look_that_fails_comes_another_one_later_each_time():
+    looking, now_s, failed = Looking(), 100.0, Failed(1, FAULT, RUNNING)
+    looking.soon(now_s, alone=False)
+    pauses = []
+    while len(pauses) < 8:
+        begun_s = now_s
+        assert looking.begin(now_s) == (-1 if pauses else 0)  # another monitor's look would not tell how ours went
+        assert not looking.put_off(Op.QUERY, failed, now_s)
+        looking.failed(now_s)
+        now_s = looking.due_s
+        pauses.append(now_s - begun_s)
+    assert pauses == [1, 2, 4, 8, 16, 30, 30, 30]
+    looking.soon(begun_s, alone=False)
+    assert looking.due_s == begun_s + PAUSE_S  # an event does not wait for that long
+    assert looking.begin(looking.due_s) == -1
+    looking.put_off(Op.QUERY, Done(1, RUNNING, ""), now_s)
+    looking.failed(now_s)
+    assert looking.due_s == now_s + 1
+
+
 def test_what_was_seen_before_a_command_does_not_count_after_it():
     """Else a guest that has just been unpaused would be called paused."""
     looking = Looking()

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 PAUSE_S: Final = 1.0  # between two looks at the domain, however many others end on this host
 RETRY_S: Final = 0.05  # what a builder needs at least; twice as long each time
 RETRY_MOST_S: Final = 0.2
+AGAIN_S: Final = 1.0  # after a look that has failed; twice as long each time
+AGAIN_MOST_S: Final = 30.0
 SHARE_S: Final = 2.0  # after this no other monitor is waited for
 
 
@@ -27,14 +29,17 @@ class Looking:
         self._since_s = 0.0  # an older look says nothing: of the newest event, or of what was last done to the domain
         self._alone = False
         self._retry_s = RETRY_S
+        self._again_s = AGAIN_S
         self._end_s = 0.0  # when waiting for another monitor ends
 
     def soon(self, now_s: float, *, alone: bool) -> None:
         """Look soon, at most once a second however often this is said; `alone`, no other monitor's look will do."""
         self._since_s = now_s
         self._alone |= alone
-        if not self.due_s:
-            self.due_s = max(now_s, self._looked_s + PAUSE_S)
+        self._at(max(now_s, self._looked_s + PAUSE_S))
+
+    def _at(self, when_s: float) -> None:
+        self.due_s = min(self.due_s, when_s) if self.due_s else when_s
 
     def begin(self, now_s: float) -> int:
         """Return how old another monitor's look may be, in ms; -1 when this one is to look itself."""
@@ -45,6 +50,12 @@ class Looking:
             return -1
         return min(AGE_LIMIT_MS, int((now_s - self._since_s) * 1000))
 
+    def failed(self, now_s: float) -> None:
+        """Look again, later each time, and not by another monitor: a look that has failed says nothing of the guest."""
+        self._alone = True
+        self._at(now_s + self._again_s)
+        self._again_s = min(2 * self._again_s, AGAIN_MOST_S)
+
     def put_off(self, op: Op, message: Done | Failed, now_s: float) -> bool:
         """Note an answer of the broker; tell whether it is that another monitor looks just now, and try again then."""
         if op is not Op.QUERY:
@@ -52,6 +63,7 @@ class Looking:
             return False
         if not isinstance(message, Failed) or message.fault.code != ExitCode.BUSY:
             self._end_s = 0.0
+            self._again_s = self._again_s if isinstance(message, Failed) else AGAIN_S
             return False
         if not self._end_s:
             self._retry_s, self._end_s = RETRY_S, now_s + SHARE_S

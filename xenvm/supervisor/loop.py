@@ -140,10 +140,17 @@ class Supervisor(Saving):
     # Broker and watcher
 
     def _ask(self, op: Op, age_ms: int = -1) -> None:
-        """Send a request, or keep it until the broker is free; a destroy overtakes and cancels everything else."""
-        if op is Op.DESTROY:
+        """Send a request, or keep it until the broker is free; a destroy overtakes and cancels everything else.
+
+        What waits, and the time limit of a command, end with the domain that they are about.
+        """
+        if op in (Op.DESTROY, Op.REBUILD):
             self._queue.clear()
-        elif self._asked:
+            if self._operation:
+                self._operation.deadline_s = 0.0
+        elif op in (Op.WITHDRAW, Op.FORCE_POWEROFF):
+            self._queue = [other for other in self._queue if other not in REQUESTS]
+        if self._asked and op is not Op.DESTROY:
             self._queue.append(op)
             return
         self._sequence += 1
@@ -202,7 +209,7 @@ class Supervisor(Saving):
             self._failed(op, message)
         elif op is Op.DESTROY:
             self._happen(Happening(Event.DESTROYED, now_s))
-        elif op is Op.WITHDRAW:
+        elif op is Op.WITHDRAW and message.domain.state is not DomainState.SHUTDOWN:
             self._happen(Happening(Event.WITHDRAWN, now_s))
             self._looking.soon(now_s, alone=True)
         elif op is Op.SAVE:
@@ -238,6 +245,9 @@ class Supervisor(Saving):
 
     def _failed(self, op: Op, message: Failed) -> None:
         now_s = time.monotonic()
+        if op is Op.QUERY and message.domain.phase is Phase.BUILT:
+            self._looking.failed(now_s)
+            return
         if message.domain.phase is not Phase.BUILT and op is not Op.DESTROY:
             event = Event.FAILED_OFF
         elif op is Op.DESTROY or (op is Op.REBUILD and self._vm.reason):  # the guest has ended, its domain stays
@@ -245,7 +255,7 @@ class Supervisor(Saving):
         else:
             event = Event.FAILED_UP
         self._happen(Happening(event, now_s, message.domain.domid, fault=message.fault))
-        if event is Event.FAILED_UP and op is not Op.QUERY:  # what the guest did meanwhile was not looked at
+        if event is Event.FAILED_UP:  # what the guest did meanwhile was not looked at
             self._looking.soon(now_s, alone=True)
 
     def _from_watcher(self) -> None:

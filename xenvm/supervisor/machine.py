@@ -21,6 +21,12 @@ REASONS: Final[Mapping[int, str]] = MappingProxyType(  # xen/sched.h, SHUTDOWN_*
     {0: "poweroff", 1: "reboot", 2: "suspend", 3: "crash", 4: "watchdog", 5: "soft reset"}
 )
 SUSPEND_REASON: Final = 2
+ENDS: Final = frozenset(
+    {
+        *(Event.ENDED_DESTROY, Event.ENDED_REBOOT, Event.VANISHED),
+        *(Event.HALTED_PRESERVE, Event.REBOOTED_PRESERVE, Event.CRASHED_PRESERVE),
+    }
+)
 BUILDING: Final = frozenset({Event.START, Event.START_PAUSED, Event.RESTORE, Event.RESTORE_PAUSED})
 
 
@@ -186,7 +192,8 @@ def step(vm: Vm, happening: Happening) -> tuple[Vm, Op | None]:
     if event in COMMANDS:
         quick_deaths = vm.quick_deaths if event in (Event.PAUSE, Event.UNPAUSE) else 0
         return vm.but(state=row.state, fault=None, quick_deaths=quick_deaths), row.op
-    after = vm.but(state=row.state, fault=happening.fault or vm.fault, reason=happening.reason or vm.reason)
+    so_far = None if event in ENDS else vm.fault  # that a guest runs on in spite of a request is no longer so
+    after = vm.but(state=row.state, fault=happening.fault or so_far, reason=happening.reason or vm.reason)
     if happening.domid > 0:
         after = after.but(domid=happening.domid)
     if event is Event.ENDED_REBOOT:
