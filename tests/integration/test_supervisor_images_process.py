@@ -96,6 +96,24 @@ def test_who_waits_for_an_image_hears_every_ten_seconds_that_it_is_worked_on(mon
     client.reply()
 
 
+def test_who_waits_for_a_state_hears_of_what_an_image_leads_to(monitor, file):
+    monitor.running()
+    waiting = monitor.client()
+    for command, state, message in (("suspend", "suspending", Save), ("restore", "restoring", Restore)):
+        waiting.send("wait", state=state)
+        assert waiting.silent()
+        client = monitor.client()
+        client.hand([file], command, file="/there")
+        request = asked(monitor, message, file)
+        assert waiting.reply()["result"]["data"] == {"state": state}
+        if command == "suspend":
+            monitor.done(request, SUSPENDED, "image_bytes=4096")
+            client.reply()
+            client.send("commit")
+            monitor.done(monitor.asked(Op.DESTROY))
+            client.reply()
+
+
 def test_a_second_save_is_told_who_is_busy(monitor, file):
     monitor.running()
     suspend(monitor, file)
@@ -157,13 +175,16 @@ def test_cancel_answers_when_all_is_over(monitor, file):
     assert other.refused("cancel")[:2] == (ExitCode.WRONG_STATE, "cancel: no suspend, checkpoint or restore runs")
 
 
-def test_destroy_overtakes_a_save(monitor, file):
+def test_destroy_overtakes_a_save_and_who_would_cancel_it(monitor, file):
     monitor.running()
     client, _ = suspend(monitor, file)
-    other = monitor.client()
+    cancelling, other = monitor.client(), monitor.client()
+    cancelling.send("cancel")
+    monitor.asked(Op.CANCEL)
     other.send("destroy")
     ask = monitor.asked(Op.DESTROY)
     assert "ended by destroy" in client.refusal()[1]
+    assert cancelling.refusal()[:2] == (ExitCode.FAILED, "cancel: ended by destroy")
     monitor.done(ask)
     assert other.reply()["result"]["data"]["state"] == "shutdown"
 

@@ -53,8 +53,8 @@ def test_many_of_them_are_cut_to_what_a_frame_holds(launcher):
 def test_in_the_foreground_they_go_to_the_journal_and_then_the_outcome(capfd):
     made = service.Launcher(background=False, notify="")
     made.warnings = WARNING
-    made.tell(0, "destroyed while it was starting")
-    assert capfd.readouterr() == ("", f"{WARNING}destroyed while it was starting\n")
+    made.tell(0, "the guest does not run: destroyed")
+    assert capfd.readouterr() == ("", f"{WARNING}the guest does not run: destroyed\n")
 
 
 @pytest.mark.parametrize("warnings", ["", f"{WARNING}\x1b[31m\n"])

@@ -7,13 +7,17 @@ import time
 
 from xenvm.boundary.messages import Fault
 from xenvm.errors import ExitCode, UsageError, WrongStateError
-from xenvm.supervisor.states import ENDED, State
+from xenvm.supervisor.states import ENDED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Final
+
     from xenvm.boundary.messages import Init
     from xenvm.supervisor.machine import Vm
     from xenvm.supervisor.pending import Operation
+
+DESTROYED: Final = "the guest does not run: destroyed while it was starting"
 
 
 def status(init: Init, vm: Vm, busy: Operation | None, step: dict[str, object]) -> dict[str, object]:
@@ -79,10 +83,13 @@ def missed(operation: Operation, vm: Vm) -> str:
 
 
 def outcome(init: Init, vm: Vm, fault: Fault | None) -> tuple[str, int]:
-    """Return text and exit status for whoever started the monitor."""
+    """Return text and exit status for whoever started the monitor; with a text and 0 it stays, without its guest."""
     if fault:
         return fault.message + (f"\nhint: {fault.hint}" if fault.hint else ""), fault.code
-    if vm.state is State.SHUTDOWN and init.policy.startup != "shutdown":
+    if vm.state in ENDED and init.policy.startup != "shutdown":
+        if vm.domid > 0:
+            hint = f"`xenvm-cmd {init.uuid} destroy` ends its domain, `start` builds a new one then"
+            return f"the guest does not run: {vm.reason}\nhint: {hint}", 0
         return f"the guest did not stay up: {vm.reason}", int(ExitCode.FAILED)
     return "", 0
 

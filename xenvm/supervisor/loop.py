@@ -269,50 +269,47 @@ class Supervisor(Saving):
     def _happen(self, happening: Happening) -> None:
         """Take one step and do what it asks; finish the running command when a lasting state is reached."""
         before = self._vm
-        self._vm, op = step(before, happening)
-        if op:
-            self._ask(op)
-        if (self._vm.state, self._vm.domid) != (before.state, before.domid):
-            self._log(f"state={self._vm.state} domid={self._vm.domid} event={happening.event!s} {self._vm.reason}")
-            self._publish("state", answers.why(self._vm))
-            self._wake(self._vm.state)
+        after, op = step(before, happening)
+        self._move(after, happening.event, op)
         settled = op is None and self._vm.state in STABLE
         moved = self._vm.state is not before.state or self._vm.fault is not before.fault
         if self._operation and settled and (moved or self._operation.name == "destroy"):
             self._finish(self._operation)
 
+    def _move(self, after: Vm, event: Event, op: Op | None = None) -> None:
+        """Take on what a step has led to: ask what it asks for, then tell of a new state."""
+        before, self._vm = self._vm, after
+        if op:
+            self._ask(op)
+        if (after.state, after.domid) != (before.state, before.domid):
+            reason = f" {after.reason}" if after.reason != before.reason else ""
+            self._log(f"state={after.state} domid={after.domid} event={event!s}{reason}")
+            self._publish("state", answers.why(after))
+            self._wake(after.state)
+
     def _finish(self, operation: Operation) -> None:
         fault = self._vm.fault
-        if self._revive and fault is None and self._vm.state is State.SHUTDOWN:
+        revive, self._revive = self._revive, False
+        if revive and fault is None and self._vm.state is State.SHUTDOWN and self._vm.domid <= 0:
             # the domain found at the start had ended while nobody watched: its policy is done, now the start begins
-            self._revive = False
             event = Event.START_PAUSED if self._init.policy.startup == "paused" else Event.START
-            self._vm, op = step(self._vm, Happening(event, time.monotonic()))
-            if op:
-                self._ask(op)
+            after, op = step(self._vm, Happening(event, time.monotonic()))
+            self._move(after, event, op)
             return
         self._operation = None
         self._take_back(operation)
-        for client, identifier in operation.cancelled_by:
-            if client.fileno() >= 0:
-                client.reply(identifier, "", self._status())
-                self._serve(client)
         if fault is None and self._vm.state not in GOALS[operation.name] and operation.client:
             fault = Fault(int(ExitCode.FAILED), answers.missed(operation, self._vm), "")
         if self._starting:
             self._starting = False
             self._report_start(fault)
-        if operation.client is None:
-            return
-        if fault:
-            operation.client.refuse(operation.identifier, error_of(fault))
-        else:
-            operation.client.reply(operation.identifier, "", self._status() | operation.told)
-        self._serve(operation.client)
+        self._answer(operation, error_of(fault) if fault else None)
 
     def _report_start(self, fault: Fault | None) -> None:
         """Tell whoever started the monitor; from now on clients are served. A failed start ends the monitor."""
-        text, code = answers.outcome(self._init, self._vm, fault)
+        self._tell_start(*answers.outcome(self._init, self._vm, fault))
+
+    def _tell_start(self, text: str, code: int) -> None:
         self._sequence += 1
         self._broker.send(Ask(self._sequence, Op.STARTED, text, code))
 
@@ -354,22 +351,14 @@ class Supervisor(Saving):
             raise BusyError(f"{name}: the VM is {self._vm.state}", hint="wait for it, or destroy")
         after, op = step(self._vm, Happening(event, now_s))  # raises before anything has changed
         if running and self._starting:
-            self._starting = False
-            self._sequence += 1
-            self._broker.send(Ask(self._sequence, Op.STARTED, "destroyed while it was starting", 0))
+            self._starting = self._revive = False
+            self._tell_start(answers.DESTROYED, 0)
         self._operation = operation
-        self._move(after, event)
-        if op:
-            self._ask(op)
-        if running and running.client:
-            running.client.refuse(running.identifier, XenvmError(f"{running.name}: ended by destroy"))
-            self._serve(running.client)
-
-    def _move(self, after: Vm, event: Event) -> None:
-        before, self._vm = self._vm, after
-        if after.state is not before.state:
-            self._log(f"state={after.state} domid={after.domid} event={event!s}")
-            self._publish("state", answers.why(after))
+        self._move(after, event, op)
+        if running:
+            self._answer(
+                running, XenvmError(f"{running.name}: ended by destroy"), XenvmError("cancel: ended by destroy")
+            )
 
     def _do_status(self, client: Client, request: Request) -> None:
         text = answers.summary(self._vm) if client.modern else str(self._vm.state)

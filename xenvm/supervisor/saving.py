@@ -37,8 +37,8 @@ class Saving(Sleeping):
         """Take one step of the state machine."""
 
     @abstractmethod
-    def _move(self, after: Vm, event: Event) -> None:
-        """Take on the state that a command has led to."""
+    def _move(self, after: Vm, event: Event, op: Op | None = None) -> None:
+        """Take on what a step has led to, and tell of a new state."""
 
     def do_image(self, client: Client, request: Request) -> None:
         """Begin a command about a save image: the file comes open with the request, and goes on to the broker."""

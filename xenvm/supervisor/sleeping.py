@@ -63,6 +63,24 @@ class Sleeping(Desk):
     def _status(self) -> dict[str, object]:
         return answers.status(self._init, self._vm, self._operation, self._step)
 
+    def _answer(self, operation: Operation, error: XenvmError | None, overtaken: XenvmError | None = None) -> None:
+        """Tell its client how a command has ended, and those who cancelled it that it has, or what came before that."""
+        for client, identifier in operation.cancelled_by:
+            self._answer_one(client, identifier, overtaken, {})
+        if operation.client:
+            self._answer_one(operation.client, operation.identifier, error, operation.told)
+
+    def _answer_one(
+        self, client: Client, identifier: object, error: XenvmError | None, told: dict[str, object]
+    ) -> None:
+        if client.fileno() < 0:
+            return
+        if error:
+            client.refuse(identifier, error)
+        else:
+            client.reply(identifier, "", self._status() | told)
+        self._serve(client)
+
     def do_sleep(self, client: Client, request: Request) -> None:
         """Begin s3suspend or s3resume."""
         name = RESUME if request.method == "trigger" else request.method
@@ -100,9 +118,7 @@ class Sleeping(Desk):
         step = (operation.name, op)
         if step in ((SUSPEND, Op.FALL_ASLEEP), (RESUME, Op.WAKE)):
             self._operation = None
-            if operation.client:
-                operation.client.reply(operation.identifier, "", self._status())
-                self._serve(operation.client)
+            self._answer(operation, None)
         elif step == (SUSPEND, Op.WITHDRAW):
             self._finish(operation)
         elif step == (RESUME, Op.S_STATE) and message.text == ASLEEP:
