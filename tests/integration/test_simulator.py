@@ -109,6 +109,35 @@ def test_two_starts_that_do_not_fit_together(host, vm):  # noqa: F811
     assert guests[1 - late].state == "running"
 
 
+# A start that somebody does not wait for
+
+
+def test_a_start_that_is_interrupted_goes_on(host, vm):  # noqa: F811
+    host.slow(1500, ["load"])
+    guest = vm()
+    starting = guest.begin()
+    until(guest.socket.exists, "it is under way", 30)
+    starting.send_signal(signal.SIGINT)
+    text = starting.communicate(timeout=30)[0]
+    assert starting.returncode == 130, text
+    assert "the start goes on" in text
+    assert "Traceback" not in text
+    guest.until("running", 30)
+
+
+def test_a_start_that_is_destroyed_is_no_success(host, vm):  # noqa: F811
+    host.slow(5000, ["load"])
+    guest = vm()
+    starting = guest.begin()
+    until(guest.socket.exists, "it is under way", 30)
+    guest.cmd("destroy")
+    text = starting.communicate(timeout=30)[0]
+    assert starting.returncode == 3, text
+    assert f"{guest.uuid}\n" in text
+    assert "the guest does not run: destroyed while it was starting" in text
+    assert guest.state == "shutdown"
+
+
 # Hostile guests, and floods
 
 

@@ -182,6 +182,46 @@ def test_a_kernel_panic(host, vm, policy):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("ends", ["crash", "poweroff"])
+def test_a_guest_that_ended_preserved_while_nobody_watched(host, vm, ends):
+    """Its domain stays and its monitor too, which alone can end it; a start that has not started it says so."""
+    guest = vm(mode="poweroff" if ends == "poweroff" else "normal", on_crash="preserve", on_halt="preserve")
+    guest.start()
+    if ends == "crash":
+        guest.up()
+        guest.cmd("quit")
+        until(lambda: not guest.lock.exists(), "the monitor has ended")
+        host.crash(host.domains()[guest.uuid])
+    else:
+        guest.until("shutdown")
+        guest.cmd("quit")
+        until(lambda: not guest.lock.exists(), "the monitor has ended")
+    domid = host.domains()[guest.uuid]
+    done = guest.start(code=3)
+    assert f"the guest does not run: the guest ended: {ends}; preserved as domain {domid}" in done.stderr
+    assert guest.uuid in done.stdout
+    assert (guest.domid, host.domains()[guest.uuid]) == (domid, domid)
+    guest.cmd("destroy")
+    assert guest.cmd("status", code=3).stdout.startswith("shutdown")
+    assert guest.uuid not in host.domains()
+
+
+@pytest.mark.long
+def test_a_guest_to_be_started_anew_that_ended_while_nobody_watched_is_built_once(host, vm):
+    guest = vm(on_crash="reboot")
+    guest.start()
+    guest.up()
+    guest.cmd("quit")
+    until(lambda: not guest.lock.exists(), "the monitor has ended")
+    host.crash(host.domains()[guest.uuid])
+    guest.start()
+    guest.up(boots=2)
+    guest.cmd("destroy")
+    assert guest.cmd("status", code=3).stdout.startswith("shutdown")
+    assert guest.uuid not in host.domains()
+
+
+@pytest.mark.long
 def test_a_crash_loop_is_damped(host, vm):
     guest = vm(on_crash="reboot")
     guest.start()

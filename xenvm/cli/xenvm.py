@@ -10,11 +10,12 @@ import _signal as signal  # `signal` itself builds enumerations at each start
 import _socket as socket  # `socket` itself builds enumerations at each start
 import contextlib
 import os
+import select
 import sys
 
 from xenvm.boundary.place import OPTION, Place
 from xenvm.boundary.spawn import command, spawn
-from xenvm.errors import ExitCode, ProtocolError, UsageError, XenvmError
+from xenvm.errors import ExitCode, ProtocolError, TimeoutExpiredError, UsageError, XenvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,15 +30,16 @@ usage: xenvm [--foreground] FILE       start the monitor of the VM that FILE des
        xenvm --help | --version
 
 xenvm goes to the background once the guest has reached its startup state, and prints its uuid. With --foreground it
-stays, for a service manager. Exit status: 0 done, 1 failed, 2 usage, 6 config refused, 7 timed out, 9 the VM has a
-monitor already. FILE is described in xenvm.cfg(5); xenvm-cmd(1) commands the monitor.
+stays, for a service manager. Exit status: 0 done, 1 failed, 2 usage, 3 the monitor runs and its guest does not, 5 a
+domain is in the way, 6 config refused, 7 timed out, 8 permission refused, 9 the VM has a monitor already, 130
+interrupted. FILE is described in xenvm.cfg(5); xenvm-cmd(1) commands the monitor.
 """
-START_WAIT_S: Final = 1800.0  # every step of a start has a shorter deadline of its own
 END_WAIT_S: Final = 10.0  # for a monitor that could not start
 PARSE_WAIT_S: Final = 30.0
 STATUS, CONFIG, HOST_POLICY = 3, 4, 5
 HOST_POLICY_FILE: Final = "/etc/xenvm/policy.toml"
 DEFAULT_DIRECTORY: Final = "/run/xenvm"
+INTERRUPTED: Final = 130
 
 
 def main() -> int:
@@ -47,6 +49,11 @@ def main() -> int:
     except XenvmError as error:
         sys.stderr.write(f"xenvm: {error.message}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
         return int(error.code)
+    except OSError as error:  # of the host, such as no process or descriptor left
+        sys.stderr.write(f"xenvm: {error}\n")
+        return int(ExitCode.FAILED)
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def _run(words: list[str]) -> int:
@@ -100,13 +107,25 @@ def _start(path: str, config: int, place: Place, *, foreground: bool) -> int:
         spawn("broker", inherited, path, directory, "background", "", *place.words, new_session=True)
     finally:
         theirs.close()
-    # Below the spawn, so that the broker starts while this process imports.
+    try:
+        return _show_outcome(ours, place)
+    except KeyboardInterrupt:
+        sys.stderr.write("xenvm: the start goes on; `xenvm-cmd list` shows it, `xenvm-cmd UUID destroy` ends it\n")
+        raise
+
+
+def _show_outcome(ours: socket.socket, place: Place) -> int:
+    """Wait until the monitor says how its start went, or has ended: each of its steps has a deadline in the broker."""
+    # Not above, so that the broker starts while this process imports.
     from xenvm.boundary.frames import Channel  # noqa: PLC0415
     from xenvm.boundary.messages import Outcome  # noqa: PLC0415
     from xenvm.cli.render import plain  # noqa: PLC0415
 
     channel = Channel(ours)
-    received = channel.receive(deadline_s=START_WAIT_S)
+    poll = select.poll()
+    poll.register(ours, select.POLLIN)
+    poll.poll()
+    received = channel.receive_now()
     if received is None:
         raise XenvmError("the monitor ended without a word", hint=f"its log is in {place.logs}")
     outcome = received[0]
@@ -116,10 +135,13 @@ def _start(path: str, config: int, place: Place, *, foreground: bool) -> int:
         with contextlib.suppress(XenvmError):  # a start that is tried again finds nothing of this one
             channel.receive(deadline_s=END_WAIT_S)
         sys.stderr.write(plain(outcome.text) + "\n")
-    else:
-        sys.stderr.write(plain(outcome.warnings))
-        sys.stdout.write(f"{outcome.uuid}\n" + (f"{plain(outcome.text)}\n" if outcome.text else ""))
-    return outcome.code
+        return outcome.code
+    sys.stderr.write(plain(outcome.warnings))
+    sys.stdout.write(f"{outcome.uuid}\n")
+    if not outcome.text:
+        return 0
+    sys.stderr.write(plain(outcome.text) + "\n")  # the monitor has stayed, but not for the guest
+    return int(ExitCode.NOT_RUNNING)
 
 
 def _check(path: str, config: int) -> int:
@@ -128,7 +150,9 @@ def _check(path: str, config: int) -> int:
     try:
         try:
             policy = os.open(HOST_POLICY_FILE, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError) as error:
+            if isinstance(error, PermissionError):  # it says nothing of what the file may contain
+                sys.stderr.write(f"warning: {HOST_POLICY_FILE}: {error.strerror}: only root sees whether it is sound\n")
             policy = os.memfd_create("policy", os.MFD_CLOEXEC)
         inherited = {0: config, 1: 2, 2: 2, STATUS: theirs.fileno(), CONFIG: config, HOST_POLICY: policy}
         pid = spawn("parser", inherited, path)
@@ -142,6 +166,10 @@ def _check(path: str, config: int) -> int:
         while (received := channel.receive(deadline_s=PARSE_WAIT_S)) is not None:
             if isinstance(received[0], messages.Parsed):
                 return _report(path, received[0])
+    except TimeoutExpiredError as error:
+        raise TimeoutExpiredError(
+            f"{path}: the parser had not read it after {PARSE_WAIT_S:g} s", hint="is this host very busy? Try again"
+        ) from error
     finally:  # it has answered, or never will
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
