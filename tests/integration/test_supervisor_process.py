@@ -427,6 +427,16 @@ def test_a_console_nobody_waits_for_any_more_is_closed(monitor):
     assert len(os.listdir(f"/proc/{monitor.pid}/fd")) <= before
 
 
+def test_a_log_that_takes_no_more_ends_nothing(monitor):
+    client = monitor.running(debug=True).client()
+    monitor.log.seek(64 << 20)  # what its limit counts is the place in the file
+    client.send("pause")
+    monitor.done(monitor.asked(Op.PAUSE), PAUSED)
+    assert client.reply()["result"]["data"]["state"] == "paused"
+    monitor.log.seek(0, os.SEEK_END)
+    assert monitor.log.tell() < 64 << 20
+
+
 def test_quit_is_answered_before_the_broker_ends_it(monitor):
     client = monitor.running().client()
     assert client.call("quit")["text"] == ""

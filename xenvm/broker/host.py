@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 LOG_DIRECTORY: Final = HERE.logs
 CONSOLE_LOG_DIRECTORY: Final = HERE.console_logs
+LOG_LIMIT_BYTES: Final = 16 << 20
 ALL_GROUP: Final = "xenvm"
 READ_GROUP: Final = "xenvm-read"
 BACKLOG: Final = 64
@@ -144,15 +145,28 @@ def kill(pidfd: int) -> None:
 
 
 def open_log(uuid: str, output: str) -> int:
-    """Open the monitor's log for appending: `output` of the config file, else one named by the uuid."""
+    """Open the monitor's log for appending: `output` of the config file, else one named by the uuid.
+
+    One that has grown over 16 MiB becomes PATH.1: who writes it may do so up to 64 MiB only.
+    """
     path = output or f"{LOG_DIRECTORY}/{uuid}.log"
+    directory, _, name = path.rpartition("/")
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
     try:
-        descriptor = os.open(path, flags, 0o640)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise XenvmError(f"output: {path} is not a regular file")
+        place = os.open(directory or "/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            descriptor = os.open(name, flags, 0o640, dir_fd=place)
+            status = os.fstat(descriptor)
+            if stat.S_ISREG(status.st_mode) and status.st_size > LOG_LIMIT_BYTES:
+                os.close(descriptor)
+                os.rename(name, f"{name}.1", src_dir_fd=place, dst_dir_fd=place)
+                descriptor = os.open(name, flags, 0o640, dir_fd=place)
+        finally:
+            os.close(place)
     except OSError as error:
         raise XenvmError(f"cannot open the log {path}: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise XenvmError(f"output: {path} is not a regular file")
     return descriptor
 
 

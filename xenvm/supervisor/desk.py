@@ -8,6 +8,7 @@ import select
 import time
 from abc import ABC, abstractmethod
 
+from xenvm.context import suppress
 from xenvm.errors import ProtocolError, TimeoutExpiredError, UsageError, XenvmError
 from xenvm.supervisor.control import PARSE_ERROR, REQUEST_WAIT_S, Client, Request, Rights, accept
 from xenvm.supervisor.images import CANCELLABLE
@@ -156,7 +157,9 @@ class Desk(ABC):
 
     def _log(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        os.write(2, f"{stamp} uuid={self._init.uuid} {text.rstrip()}\n".encode("ascii", "backslashreplace"))
+        line = f"{stamp} uuid={self._init.uuid} {text.rstrip()}\n".encode("ascii", "backslashreplace")
+        with suppress(OSError):  # it has no room, or this process has written as much of it as it may
+            os.write(2, line)
 
     def _debug(self, text: str) -> None:
         if self._init.debug:
