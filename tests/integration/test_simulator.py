@@ -138,6 +138,44 @@ def test_a_start_that_is_destroyed_is_no_success(host, vm):  # noqa: F811
     assert guest.state == "shutdown"
 
 
+# A guest that keeps its disk
+
+
+def keeping(host, vm):  # noqa: F811
+    disk = host.directory() / "a.img"
+    disk.write_bytes(bytes(1 << 20))
+    os.chmod(disk, 0o666)
+    guest = vm(words="xenvm.keep=vbd", disk=f"{disk}:file:xvda:w:disk")
+    guest.start()
+    guest.up()
+    return guest
+
+
+def test_a_disk_that_is_kept_for_longer_than_one_worker_waits(host, vm):  # noqa: F811
+    guest = keeping(host, vm)
+    taking = guest.begin_cmd("disk-del", "xvda", "timeout=13")
+    until(lambda: (guest.status()["busy"] or {}).get("command") == "disk-del", "it is under way", 10)
+    assert "pause: busy with disk-del" in guest.cmd("pause", code=9).stderr
+    text = taking.communicate(timeout=60)[0]
+    assert (taking.returncode, "did not let go within" in text, "(of 13 s in all)" in text) == (7, True, True), text
+    assert guest.cmd("disk-list").stdout.startswith("xvda")
+    guest.cmd("disk-del", "xvda", "timeout=12", "force=true")
+    assert guest.cmd("disk-list").stdout == ""
+    guest.cmd("destroy")
+
+
+def test_a_guest_that_reboots_while_it_keeps_a_disk(host, vm):  # noqa: F811
+    guest = keeping(host, vm)
+    first = guest.domid
+    taking = guest.begin_cmd("disk-del", "xvda", "timeout=600")
+    until(lambda: (guest.status()["busy"] or {}).get("command") == "disk-del", "it is under way", 10)
+    host.machine.call("shutdown", domid=first, reason=1)
+    until(lambda: (now := guest.status())["state"] == "running" and now["domid"] != first, "it runs anew", 40)
+    text = taking.communicate(timeout=30)[0]
+    assert (taking.returncode, "disk-del: the VM is rebooting" in text) == (5, True), text
+    guest.cmd("destroy")
+
+
 # Hostile guests, and floods
 
 

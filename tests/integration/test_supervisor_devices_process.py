@@ -329,6 +329,136 @@ def test_a_guest_that_ends_meanwhile_is_seen_afterwards(monitor):
     assert monitor.state()["state"] == "shutdown"
 
 
+# While a device is taken away, which may take as long as its guest likes
+
+HELD = FAULT.but(code=7, message="vbd 51712: the guest did not let go within 10 s", hint="unmount it")
+
+
+def taking_away(monitor, **params):
+    client = monitor.client()
+    client.send("disk-del", device="xvda", **params)
+    unplug, _ = monitor.asked_change(Unplug)
+    return client, unplug
+
+
+@pytest.mark.parametrize("command", ["disk-del", "disk-add", "nic-network-switch", "doctor"])
+def test_nothing_else_is_changed_while_a_device_is(monitor, disk, command):
+    """It would wait unseen, and be done when nobody counts on it any more."""
+    monitor.running()
+    client, other = monitor.client(), monitor.client()
+    params = {"clean": "true"} if command == "doctor" else CHANGING[command]
+    client.hand([disk] * (command == "disk-add"), command, **params)
+    message, descriptors = monitor.broker.receive(deadline_s=WAIT_S)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    for refused in ("shutdown", "restart", "pause", "quit", "suspend", "checkpoint"):
+        code, text, hint = other.refused(refused)
+        assert (code, hint) == (ExitCode.BUSY, "wait for it, or destroy")
+        assert text.startswith(f"{refused}: busy with {command} for ")
+    assert monitor.state()["busy"]["command"] == command
+    assert monitor.nothing_asked()
+    monitor.done(message, RUNNING, devices=(DISK,))
+    assert "result" in client.reply()
+    assert monitor.state()["busy"] is None
+    other.send("pause")
+    monitor.done(monitor.asked(Op.PAUSE), PAUSED)
+    assert other.reply()["result"]["data"]["state"] == "paused"
+
+
+def test_a_guest_is_asked_for_a_device_piece_by_piece_and_forced_at_last(monitor):
+    monitor.running()
+    client, unplug = taking_away(monitor, timeout="12", force="true")
+    assert (unplug.timeout_s, unplug.force) == (10, False)
+    time.sleep(1.1)
+    monitor.failed(unplug, HELD, RUNNING)
+    unplug, _ = monitor.asked_change(Unplug)
+    assert (unplug.device, unplug.timeout_s, unplug.force) == (51712, 11, True)
+    monitor.failed(unplug, HELD, RUNNING)
+    code, text, hint = client.refusal()
+    assert (code, text, hint) == (ExitCode.TIMED_OUT, f"{HELD.message} (of 12 s in all)", "unmount it")
+    assert monitor.nothing_asked()
+
+
+def test_a_short_time_is_one_piece(monitor):
+    monitor.running()
+    client, unplug = taking_away(monitor, timeout="2", force="true")
+    assert (unplug.timeout_s, unplug.force) == (2, True)
+    monitor.failed(unplug, HELD, RUNNING)
+    assert client.refusal() == (ExitCode.TIMED_OUT, HELD.message, HELD.hint)
+
+
+def test_a_guest_that_reboots_meanwhile_is_not_waited_for(monitor):
+    monitor.running()
+    client, unplug = taking_away(monitor, timeout="86400")
+    monitor.watch()
+    assert monitor.nothing_asked()  # the broker does one thing after the other
+    monitor.failed(unplug, HELD, RUNNING)
+    monitor.done(monitor.asked(Op.QUERY), ended(1))
+    rebuild = monitor.asked(Op.REBUILD)
+    assert client.refusal()[:2] == (ExitCode.WRONG_STATE, "disk-del: the VM is rebooting")
+    monitor.done(rebuild, RUNNING.but(domid=8))
+    status = monitor.state()
+    assert (status["state"], status["domid"], status["busy"]) == ("running", 8, None)
+    assert monitor.nothing_asked()
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_guest_that_lives_is_asked_on_by_whoever_asked_first(monitor, stays):
+    """Also when that has gone, and before whatever has come since."""
+    monitor.running()
+    client, unplug = taking_away(monitor, timeout="60")
+    waiting = monitor.client()
+    waiting.send("disk-list")
+    waiting.silent()
+    monitor.watch()
+    monitor.client().call("status")
+    monitor.failed(unplug, HELD, RUNNING)
+    query = monitor.asked(Op.QUERY)
+    assert monitor.client().refused("pause")[0] is ExitCode.BUSY
+    if not stays:
+        client.socket.close()
+    monitor.done(query, RUNNING)
+    unplug, _ = monitor.asked_change(Unplug)
+    monitor.done(unplug, RUNNING, devices=(CARD,))
+    if stays:
+        assert client.reply()["result"] == {"text": "", "data": []}
+    monitor.done(monitor.asked(Op.DEVICES), RUNNING, devices=(CARD,))
+    assert waiting.reply()["result"]["data"] == []
+
+
+def test_a_device_that_is_let_go_between_two_pieces_has_gone(monitor):
+    monitor.running()
+    client, unplug = taking_away(monitor, timeout="60")
+    monitor.failed(unplug, HELD, RUNNING)
+    unplug, _ = monitor.asked_change(Unplug)
+    monitor.failed(unplug, FAULT.but(code=5, message="the guest has no vbd 51712"), RUNNING)
+    monitor.done(monitor.asked(Op.DEVICES), RUNNING, "udevd does not run", devices=(CARD,))
+    assert client.reply()["result"] == {"text": "", "data": []}
+
+
+def test_one_that_was_never_there_is_not_asked_for_twice(monitor):
+    monitor.running()
+    client, unplug = taking_away(monitor, timeout="60")
+    monitor.failed(unplug, FAULT.but(code=5, message="the guest has no vbd 51712"), RUNNING)
+    assert client.refusal()[:2] == (ExitCode.WRONG_STATE, "the guest has no vbd 51712")
+    assert monitor.nothing_asked()
+
+
+def test_destroy_between_two_pieces(monitor):
+    monitor.running()
+    client, unplug = taking_away(monitor, timeout="60")
+    monitor.watch()
+    monitor.client().call("status")
+    monitor.failed(unplug, HELD, RUNNING)
+    monitor.asked(Op.QUERY)
+    other = monitor.client()
+    other.send("destroy")
+    monitor.done(monitor.asked(Op.DESTROY))
+    assert other.reply()["result"]["data"]["state"] == "shutdown"
+    assert client.refusal()[:2] == (ExitCode.WRONG_STATE, "disk-del: the VM is shutdown")
+    assert monitor.nothing_asked()
+
+
 # Clients that go
 
 

@@ -406,6 +406,43 @@ def test_the_console_travels_as_a_descriptor(monitor):
         os.close(number)
 
 
+def test_who_comes_while_a_console_is_opened_waits_for_that(monitor):
+    """The broker does both with a builder, and would refuse the second."""
+    monitor.running()
+    first, second, third = (monitor.client() for _ in range(3))
+    first.send("console")
+    console = monitor.asked(Op.CONSOLE)
+    second.send("disk-list")
+    assert second.silent()
+    third.send("pause")
+    assert third.silent()
+    assert monitor.nothing_asked()
+    monitor.failed(console, FAULT, RUNNING)
+    assert first.refusal()[1] == FAULT.message
+    monitor.done(monitor.asked(Op.PAUSE), PAUSED)
+    assert third.reply()["result"]["data"]["state"] == "paused"
+    monitor.done(monitor.asked(Op.DEVICES), RUNNING)
+    assert "result" in second.reply()
+
+
+def test_a_console_whose_client_has_gone_tells_nothing_of_the_guest(monitor):
+    monitor.running(PAUSED)
+    client = monitor.client()
+    client.send("console")
+    console = monitor.asked(Op.CONSOLE)
+    client.socket.close()
+    monitor.client().call("domid")
+    null = os.open("/dev/null", os.O_RDWR)
+    monitor.done(console, RUNNING, descriptors=[null])
+    os.close(null)
+    assert monitor.state()["state"] == "paused"
+    assert not [name for name in os.listdir(f"/proc/{monitor.pid}/fd") if is_null(monitor, name)]
+
+
+def is_null(monitor, name):
+    return int(name) > 2 and os.readlink(f"/proc/{monitor.pid}/fd/{name}") == "/dev/null"
+
+
 def test_a_console_nobody_waits_for_any_more_is_closed(monitor):
     monitor.running()
     other = monitor.client()

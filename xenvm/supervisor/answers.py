@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
     from xenvm.boundary.messages import Init
     from xenvm.supervisor.machine import Vm
-    from xenvm.supervisor.pending import Operation
+    from xenvm.supervisor.pending import Errand, Operation
 
 DESTROYED: Final = "the guest does not run: destroyed while it was starting"
 
 
-def status(init: Init, vm: Vm, busy: Operation | None, step: dict[str, object]) -> dict[str, object]:
+def status(init: Init, vm: Vm, busy: Operation | Errand | None, step: dict[str, object]) -> dict[str, object]:
     """Return what `status` tells."""
     return {
         "uuid": init.uuid,

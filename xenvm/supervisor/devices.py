@@ -43,6 +43,8 @@ COMMANDS: Final = (
     "doctor",
     *buttons.COMMANDS,
 )
+CHANGING: Final = frozenset({Op.PLUG, Op.UNPLUG, Op.REBRIDGE, Op.SETTLE})
+TAKING_AWAY: Final = ("disk-del", "cd-eject", "nic-del")
 
 
 def request(
@@ -86,7 +88,9 @@ def answer(name: str, done: Done) -> tuple[str, object]:
         found += done.text.splitlines()
         return "\n".join(found), found
     text, data = shown(done.devices, Kind.VIF if name.startswith("nic") else Kind.VBD)
-    return (text if name.endswith("list") else done.text), data
+    if not name.endswith("list"):
+        text = "" if name in TAKING_AWAY else done.text
+    return text, data
 
 
 def cards(done: Done) -> frozenset[int]:

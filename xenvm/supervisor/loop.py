@@ -24,6 +24,7 @@ from xenvm.boundary.messages import (
     Op,
     Phase,
     Plug,
+    Unplug,
     Watch,
     WatchEvent,
 )
@@ -32,7 +33,7 @@ from xenvm.supervisor import answers, buttons, commands, devices, discs, images,
 from xenvm.supervisor.control import Request
 from xenvm.supervisor.looking import Looking
 from xenvm.supervisor.machine import QUICK_DEATH_HVM_S, QUICK_DEATH_S, SUSPEND_REASON, Happening, Vm, seen, step
-from xenvm.supervisor.pending import GOALS, Operation, Waiter, error_of
+from xenvm.supervisor.pending import GOALS, LOOK_FIRST_S, Errand, Operation, Waiter, check_free, error_of
 from xenvm.supervisor.saving import Saving
 from xenvm.supervisor.states import ALIVE, ENDED, STABLE, Event, State
 
@@ -79,8 +80,8 @@ class Supervisor(Saving):
         self._later: list[tuple[Client, Request]] = []
         self._sequence = 0
         self._looking = Looking()
-        self._handovers: dict[int, tuple[Client, object]] = {}
-        self._device_asks: dict[int, str] = {}
+        self._errands: dict[int, Errand] = {}
+        self._between: Errand | None = None  # what takes a device away, between two pieces of that
         self._nics: frozenset[int] = frozenset()
         self._revive = False
 
@@ -173,12 +174,11 @@ class Supervisor(Saving):
         elif isinstance(message, Progress):
             self._step = message.told()
             self._publish("progress", self._step)
-        elif isinstance(message, Done | Failed) and message.sequence in {*self._handovers, *self._device_asks}:
+        elif isinstance(message, Done | Failed) and message.sequence in self._errands:
             if self._asked and self._asked[0] == message.sequence:
                 self._asked = None
-            self._hand_over(message, descriptors)
+            self._hand_over(self._errands.pop(message.sequence), message, descriptors)
             self._go_on()
-            return True
         elif isinstance(message, Done | Failed) and self._asked and message.sequence == self._asked[0]:
             op, self._asked, self._step = self._asked[1], None, {}
             self._outcome(op, message)
@@ -192,7 +192,8 @@ class Supervisor(Saving):
         """Take what has waited until the broker was free: requests of our own first, then commands."""
         if self._queue and not self._asked:
             self._ask(self._queue.pop(0))
-        while self._later and not self._asked:
+        self._go_on_taking_away(time.monotonic())
+        while self._later and not self._asked and not self._between:
             client, request = self._later.pop(0)
             if client.fileno() >= 0:
                 self._try(client, request)
@@ -317,7 +318,9 @@ class Supervisor(Saving):
 
     def _drop(self, client: Client) -> None:
         """Forget a client; a command it has begun goes on."""
-        self._handovers = {key: value for key, value in self._handovers.items() if value[0] is not client}
+        for errand in (*self._errands.values(), *([self._between] if self._between else [])):
+            if errand.client is client:
+                errand.client = None
         super()._drop(client)
 
     def _command(self, client: Client, request: Request) -> None:
@@ -345,8 +348,8 @@ class Supervisor(Saving):
             else:
                 operation.deadline_s = now_s + limit_s
         running = self._operation
-        if running and event is not Event.DESTROY:
-            raise BusyError(f"{name}: busy with {running.name} for {now_s - running.since_s:.1f} s")
+        if event is not Event.DESTROY:
+            check_free(name, self._busy)
         if not running and self._vm.state not in STABLE and event is not Event.DESTROY:
             raise BusyError(f"{name}: the VM is {self._vm.state}", hint="wait for it, or destroy")
         after, op = step(self._vm, Happening(event, now_s))  # raises before anything has changed
@@ -399,16 +402,22 @@ class Supervisor(Saving):
     def _do_console(self, client: Client, request: Request) -> None:
         if self._vm.state in ENDED or self._vm.domid < 0:
             raise WrongStateError(f"console: the VM is {self._vm.state}")
-        if not self._wait_for_broker("console", client, request):
+        check_free("console", self._operation)
+        if not self._wait_for_broker(client, request):
             self._ask_beside(Op.CONSOLE, client, request)
 
-    def _wait_for_broker(self, name: str, client: Client, request: Request) -> bool:
-        """Put a command off while the broker is at something short; raise BusyError when a user's command runs."""
-        if self._operation:
-            raise BusyError(f"{name}: busy with {self._operation.name}", hint="wait for it, or destroy")
-        if self._asked:
+    @property
+    def _busy(self) -> Operation | Errand | None:
+        """The command that changes the VM or its devices just now."""
+        changing = [errand for errand in self._errands.values() if errand.changes]
+        return self._operation or self._between or (changing[0] if changing else None)
+
+    def _wait_for_broker(self, client: Client, request: Request) -> bool:
+        """Put a command off while the broker is at something."""
+        waits = self._asked is not None or self._between is not None
+        if waits:
             self._later.append((client, request))
-        return self._asked is not None
+        return waits
 
     def _do_device(self, client: Client, request: Request) -> None:
         """Ask for a look at the devices or a change of them; whatever else is to be asked waits for the answer."""
@@ -419,10 +428,15 @@ class Supervisor(Saving):
         if name in discs.COMMANDS and answers.is_hvm(self._init):
             self._change_disc(name, client, request)
             return
-        if self._wait_for_broker(name, client, request):
+        check_free(name, self._operation)
+        if self._wait_for_broker(client, request):
             return
         self._sequence += 1
         op, message = devices.request(name, self._sequence, params, self._init, self._nics, alive=alive)
+        errand = Errand(name, client, request.identifier, changes=op in devices.CHANGING)
+        if isinstance(message, Unplug):
+            errand.unplug = message
+            op, message = errand.request(self._sequence)
         handed = client.take_handed() if isinstance(message, Plug) and message.disks else []
         if isinstance(message, Plug) and len(handed) != len(message.disks):
             message = devices.by_policy(name, message, params.get("path", ""), self._init.directories)
@@ -432,8 +446,24 @@ class Supervisor(Saving):
             for descriptor in handed:
                 os.close(descriptor)
         self._asked = (self._sequence, op)
-        self._handovers[self._sequence] = (client, request.identifier)
-        self._device_asks[self._sequence] = name
+        self._errands[self._sequence] = errand
+
+    def _go_on_taking_away(self, now_s: float) -> None:
+        """Ask once more for a device that its guest holds on to, unless that has ended, or is to be looked at first."""
+        errand = self._between
+        if errand is None:
+            return
+        if self._vm.state not in ALIVE:
+            self._between = None
+            why = WrongStateError(f"{errand.name}: the VM is {self._vm.state}")
+            self._answer_one(errand.client, errand.identifier, why, {})
+        elif not self._asked and not 0 < self._looking.due_s < now_s + LOOK_FIRST_S:
+            self._between = None
+            self._sequence += 1
+            op, message = errand.request(self._sequence)
+            self._broker.send(message)
+            self._asked = (self._sequence, op)
+            self._errands[self._sequence] = errand
 
     def _change_disc(self, name: str, client: Client, request: Request) -> None:
         """Have the device model take a disc or let it go: what an HVM guest has is a real drive."""
@@ -469,9 +499,9 @@ class Supervisor(Saving):
         self._ask_beside(Op.CONSOLE_LOG, client, request)
 
     def _do_quit(self, client: Client, request: Request) -> None:
-        if self._operation or self._vm.state not in STABLE:
-            what = self._operation.name if self._operation else self._vm.state
-            raise BusyError(f"quit: busy with {what}", hint="wait for it, or destroy")
+        check_free("quit", self._busy)
+        if self._vm.state not in STABLE:
+            raise BusyError(f"quit: the VM is {self._vm.state}", hint="wait for it, or destroy")
         client.reply(request.identifier, "", None)
         client.flush()
         self._sequence += 1
@@ -482,27 +512,29 @@ class Supervisor(Saving):
         if not client.modern and op is not Op.READ_CONFIG:
             raise UsageError(f'{op}: only for clients that send "xenvm": 1')
         self._sequence += 1
-        self._handovers[self._sequence] = (client, request.identifier)
+        self._errands[self._sequence] = Errand(request.method, client, request.identifier)
+        if op is Op.CONSOLE:  # a builder does that, as all that the broker does one after the other
+            self._asked = (self._sequence, op)
         self._broker.send(Ask(self._sequence, op, "", 0))
 
-    def _hand_over(self, message: Done | Failed, descriptors: list[int]) -> None:
-        """Answer whoever asked for something beside, if it is still there."""
-        client, identifier = self._handovers.pop(message.sequence, (None, None))
-        name = self._device_asks.pop(message.sequence, "")
-        text, data = "", None
-        if name and isinstance(message, Done):
+    def _hand_over(self, errand: Errand, message: Done | Failed, descriptors: list[int]) -> None:
+        """Answer whoever asked for something beside, if it is still there; what is handed on is taken over."""
+        name, text, data = errand.name, "", None
+        if isinstance(message, Failed):
+            if errand.again(message.fault):
+                self._between = errand
+            else:
+                self._answer_one(errand.client, errand.identifier, error_of(errand.in_all(message.fault)), {})
+            return
+        if name in devices.COMMANDS:
             text, data = devices.answer(name, message)
             if name not in buttons.COMMANDS:
                 self._nics = devices.cards(message)
             if not name.endswith("list") and name not in buttons.COMMANDS:
                 self._publish("device", {"command": name, "devices": data})
-        if client is None:
-            return
-        if isinstance(message, Failed):
-            client.refuse(identifier, error_of(message.fault))
-        else:
-            client.reply(identifier, text, data, descriptors[0] if descriptors else -1)
-        self._serve(client)
+        if errand.client:
+            errand.client.reply(errand.identifier, text, data, descriptors.pop(0) if descriptors else -1)
+            self._serve(errand.client)
 
     _HANDLERS: Final[dict[str, Callable[[Supervisor, Client, Request], None]]] = {
         "status": _do_status,

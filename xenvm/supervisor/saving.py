@@ -14,7 +14,7 @@ from xenvm.boundary.messages import Ask, Fault, Op
 from xenvm.errors import ExitCode, UsageError, WrongStateError
 from xenvm.supervisor import answers, commands, images
 from xenvm.supervisor.machine import Happening, step
-from xenvm.supervisor.pending import Operation
+from xenvm.supervisor.pending import Operation, check_free
 from xenvm.supervisor.sleeping import Sleeping
 from xenvm.supervisor.states import Event
 
@@ -43,7 +43,8 @@ class Saving(Sleeping):
     def do_image(self, client: Client, request: Request) -> None:
         """Begin a command about a save image: the file comes open with the request, and goes on to the broker."""
         name, now_s = commands.ALIASES.get(request.method, request.method), time.monotonic()
-        if self._wait_for_broker(name, client, request):
+        check_free(name, self._busy)
+        if self._wait_for_broker(client, request):
             return
         self._sequence += 1
         event, op, message = images.request(name, self._sequence, request.params, hvm=answers.is_hvm(self._init))

@@ -15,7 +15,7 @@ from xenvm.errors import ExitCode, WrongStateError
 from xenvm.supervisor import answers, commands
 from xenvm.supervisor.desk import Desk
 from xenvm.supervisor.model import Model, Step
-from xenvm.supervisor.pending import Operation
+from xenvm.supervisor.pending import Operation, check_free
 from xenvm.supervisor.states import ALIVE, ENDED, State
 
 TYPE_CHECKING = False
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from xenvm.errors import XenvmError
     from xenvm.supervisor.control import Client, Request
     from xenvm.supervisor.machine import Vm
+    from xenvm.supervisor.pending import Errand
 
 SUSPEND, RESUME = "s3suspend", "s3resume"
 COMMANDS: Final = (SUSPEND, RESUME)
@@ -57,23 +58,27 @@ class Sleeping(Desk):
         """Answer the command that has run, with the fault of the VM if there is one."""
 
     @abstractmethod
-    def _wait_for_broker(self, name: str, client: Client, request: Request) -> bool:
-        """Put a command off while the broker is at something; raise BusyError when a user's command runs."""
+    def _wait_for_broker(self, client: Client, request: Request) -> bool:
+        """Put a command off while the broker is at something."""
+
+    @property
+    @abstractmethod
+    def _busy(self) -> Operation | Errand | None:
+        """The command that changes the VM or its devices just now."""
 
     def _status(self) -> dict[str, object]:
-        return answers.status(self._init, self._vm, self._operation, self._step)
+        return answers.status(self._init, self._vm, self._busy, self._step)
 
     def _answer(self, operation: Operation, error: XenvmError | None, overtaken: XenvmError | None = None) -> None:
         """Tell its client how a command has ended, and those who cancelled it that it has, or what came before that."""
         for client, identifier in operation.cancelled_by:
             self._answer_one(client, identifier, overtaken, {})
-        if operation.client:
-            self._answer_one(operation.client, operation.identifier, error, operation.told)
+        self._answer_one(operation.client, operation.identifier, error, operation.told)
 
     def _answer_one(
-        self, client: Client, identifier: object, error: XenvmError | None, told: dict[str, object]
+        self, client: Client | None, identifier: object, error: XenvmError | None, told: dict[str, object]
     ) -> None:
-        if client.fileno() < 0:
+        if client is None or client.fileno() < 0:
             return
         if error:
             client.refuse(identifier, error)
@@ -89,7 +94,8 @@ class Sleeping(Desk):
         limit_s = commands.seconds(request.params, "timeout", SLEEP_WAIT_S)
         if self._vm.state is not State.RUNNING:
             raise WrongStateError(f"{name}: the VM is {self._vm.state}")
-        if self._wait_for_broker(name, client, request):
+        check_free(name, self._busy)
+        if self._wait_for_broker(client, request):
             return
         now_s = time.monotonic()
         self._operation = Operation(name, client, request.identifier, now_s)
