@@ -8,6 +8,7 @@ import re
 import select
 import socket
 import struct
+import subprocess
 import threading
 import time
 
@@ -306,6 +307,137 @@ def test_descriptors_from_a_client_are_not_kept(monitor):
         client.socket.close()
     monitor.client().call("domid")
     assert len(os.listdir(f"/proc/{monitor.pid}/fd")) <= before + 2
+
+
+def test_descriptors_for_a_client_that_does_not_read_are_not_kept(monitor):
+    """It has asked for more than it reads; the descriptors of its consoles would be ours to hold."""
+    other, slow = monitor.client(), monitor.client()
+    other.call("domid")
+    before = len(os.listdir(f"/proc/{monitor.pid}/fd"))
+    for _ in range(300):
+        slow.send("help")
+    null = os.open("/dev/null", os.O_RDONLY)
+    for _ in range(20):
+        slow.send("console-log")
+    asked = 0
+    while select.select([monitor.broker], [], [], 1.0)[0]:
+        asked += 1
+        monitor.done(monitor.asked(Op.CONSOLE_LOG), RUNNING, descriptors=[null])
+    os.close(null)
+    assert asked > 0
+    other.call("domid")
+    assert len(os.listdir(f"/proc/{monitor.pid}/fd")) <= before
+
+
+def test_a_client_that_has_read_so_far_gets_its_descriptor_behind_much_else(monitor):
+    client = monitor.client()
+    client.call("events")
+    for _ in range(20):
+        assert client.call("help")["data"]
+    readable, writable = os.pipe()
+    client.send("console-log")
+    monitor.done(monitor.asked(Op.CONSOLE_LOG), RUNNING, descriptors=[writable])
+    _, (descriptor,), _, _ = socket.recv_fds(client.socket, 4096, 1)
+    assert os.path.sameopenfile(descriptor, writable)
+    for number in (readable, writable, descriptor):
+        os.close(number)
+
+
+def processor_ticks(pid):
+    with open(f"/proc/{pid}/stat") as stat:
+        return sum(map(int, stat.read().rpartition(")")[2].split()[11:13]))
+
+
+def limit_descriptors(pid, number):
+    """In the name of the user that the process runs as: root may not, where it lacks a capability for that."""
+    with open(f"/proc/{pid}/status") as status:
+        uid, gid = (int(re.search(rf"{name}:\t(\d+)", text)[1]) for text in [status.read()] for name in ("Uid", "Gid"))
+    words = ["prlimit", "--pid", str(pid), f"--nofile={number}:256"]
+    subprocess.run(words, check=True, timeout=30, user=uid, group=gid, extra_groups=[])
+
+
+def test_without_descriptors_it_does_not_try_for_ever_to_accept_a_client(monitor):
+    client = monitor.client()
+    client.call("domid")
+    held = len(os.listdir(f"/proc/{monitor.pid}/fd"))
+    limit_descriptors(monitor.pid, held)
+    late = monitor.client()
+    late.send("domid")
+    client.call("domid")
+    before = processor_ticks(monitor.pid)
+    assert not select.select([late.socket], [], [], 2.5)[0]
+    assert processor_ticks(monitor.pid) - before < 10  # of a hundred a second
+    assert client.call("domid")["data"] == 7
+    limit_descriptors(monitor.pid, 256)
+    assert late.reply()["result"]["data"] == 7
+
+
+# Clients that say at once that they will say no more: socat, nc -N
+
+
+@pytest.mark.parametrize("modern", [True, False])
+def test_a_client_that_only_reads_any_more_gets_its_answer(monitor, modern):
+    client = monitor.client(modern=modern)
+    client.send("pause")
+    client.socket.shutdown(socket.SHUT_WR)
+    pause = monitor.asked(Op.PAUSE)
+    assert client.silent()
+    before = processor_ticks(monitor.pid)
+    time.sleep(1.0)
+    assert processor_ticks(monitor.pid) - before < 10
+    monitor.done(pause, PAUSED)
+    if modern:
+        assert client.reply()["result"]["data"]["state"] == "paused"
+        assert client.message() is None
+    else:
+        assert client.bare() == {"jsonrpc": "2.0", "result": None, "id": 1}
+
+
+def test_all_its_requests_are_answered_before_it_is_let_go(monitor):
+    client = monitor.client()
+    for method in ("pause", "domid", "help"):
+        client.send(method)
+    client.socket.shutdown(socket.SHUT_WR)
+    monitor.done(monitor.asked(Op.PAUSE), PAUSED)
+    answers = [client.message() for _ in range(4)]
+    assert [answer and answer["id"] for answer in answers] == [1, 2, 3, None]
+
+
+@pytest.mark.parametrize("sent", [b"", b"\0\0\1"])
+def test_one_that_has_asked_nothing_is_let_go(monitor, sent):
+    client = monitor.client()
+    client.socket.sendall(sent)
+    client.socket.shutdown(socket.SHUT_WR)
+    assert client.message() is None
+
+
+def test_one_that_listens_for_events_hears_them(monitor):
+    listening, acting = monitor.client(), monitor.client()
+    listening.call("events")
+    listening.socket.shutdown(socket.SHUT_WR)
+    acting.send("pause")
+    monitor.done(monitor.asked(Op.PAUSE), PAUSED)
+    assert listening.message()["params"]["state"] == "paused"
+    listening.socket.close()
+    acting.send("unpause")
+    monitor.done(monitor.asked(Op.UNPAUSE), RUNNING)
+    assert acting.message()["result"]["data"]["state"] == "paused"
+    assert acting.message()["result"]["data"]["state"] == "running"
+
+
+def test_one_that_goes_for_good_has_gone(monitor):
+    other, client = monitor.client(), monitor.client()
+    client.call("domid")
+    client.send("wait", state="paused", timeout="1000")
+    client.socket.shutdown(socket.SHUT_WR)
+    other.call("domid")
+    assert client.silent()
+    before = len(os.listdir(f"/proc/{monitor.pid}/fd"))
+    client.socket.close()
+    end = time.monotonic() + WAIT_S
+    while len(os.listdir(f"/proc/{monitor.pid}/fd")) == before and time.monotonic() < end:
+        other.call("domid")
+    assert len(os.listdir(f"/proc/{monitor.pid}/fd")) == before - 1
 
 
 def test_half_a_connection_is_no_harm(monitor):

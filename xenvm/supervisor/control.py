@@ -14,7 +14,7 @@ import time
 
 from xenvm import jsontext
 from xenvm.context import suppress
-from xenvm.errors import ExitCode, ProtocolError, UsageError, XenvmError
+from xenvm.errors import ExitCode, ProtocolError, XenvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,18 +72,18 @@ class Client:
         self.subscribed = False
         self.waiting = False  # a request is being worked on; the next one is read when it is answered
         self.closing = False  # to be closed once everything is sent
+        self.ended = False  # it sends nothing more, but may still want to hear
         self.begun_s = 0.0
         self._in = bytearray()
         self._handed: list[int] = []
         self._out = bytearray()
-        self._descriptor = -1
 
     def fileno(self) -> int:
         """Return the descriptor, for epoll."""
         return self.socket.fileno()
 
     def read(self) -> bool:
-        """Take what has arrived; return False when the peer has closed."""
+        """Take what has arrived, or that nothing more will; return False when the connection is of no more use."""
         try:
             received, handed = self._receive()
         except BlockingIOError:
@@ -95,9 +95,8 @@ class Client:
         if not self._in:
             self.begun_s = time.monotonic()
         self._in += received
-        if len(self._in) > 2 * REQUEST_LIMIT_BYTES:
-            return False
-        return bool(received)
+        self.ended = not received
+        return len(self._in) <= 2 * REQUEST_LIMIT_BYTES
 
     def _receive(self) -> tuple[bytes, list[int]]:
         # Not socket.recv_fds: in Python 3.11 it drops its flags, and the descriptors would be inheritable.
@@ -150,7 +149,10 @@ class Client:
         return request
 
     def reply(self, identifier: object, text: str, data: object = None, descriptor: int = -1) -> None:
-        """Answer a request. `descriptor` travels with the first byte and is closed here afterwards."""
+        """Answer a request. `descriptor` travels with the first byte, and is closed here in any case.
+
+        A client that leaves so much unread that it cannot travel at once is let go: else descriptors would gather here.
+        """
         result: object = {"text": text, "data": data} if self.modern else (text or None)
         self._send({"jsonrpc": "2.0", "result": result, "id": identifier}, descriptor)
         self.closing = not self.modern
@@ -172,26 +174,37 @@ class Client:
 
     def _send(self, message: Mapping[str, object], descriptor: int = -1) -> None:
         body = jsontext.dumps(message).encode("ascii")
+        frame = LENGTH.pack(len(body)) + body if self.modern else body
         if descriptor >= 0:
             self.flush()
-            self._descriptor = descriptor
-        self._out += (LENGTH.pack(len(body)) + body) if self.modern else body
+            frame = self._hand_over(frame, descriptor)
+        self._out += frame
         self.flush()
+
+    def _hand_over(self, frame: bytes, descriptor: int) -> bytes:
+        """Send the beginning of a reply with a descriptor; return the rest."""
+        sent = 0
+        if not self._out:
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, INT.pack(descriptor))]
+            with suppress(OSError):
+                sent = self.socket.sendmsg([frame], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        os.close(descriptor)
+        if not sent:
+            self._out.clear()
+            self.closing = True
+            return b""
+        return frame[sent:]
 
     def flush(self) -> bool:
         """Send what the peer takes; return False when the connection is of no more use."""
         while self._out:
-            rights = []
-            if self._descriptor >= 0:
-                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, INT.pack(self._descriptor))]
             try:
-                sent = self.socket.sendmsg([self._out], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                sent = self.socket.send(self._out, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 return len(self._out) <= OUTPUT_LIMIT_BYTES
             except OSError:
                 return False
             del self._out[:sent]
-            self._drop_descriptor()
         return not self.closing
 
     @property
@@ -201,24 +214,19 @@ class Client:
 
     def close(self) -> None:
         """Close the connection."""
-        self._drop_descriptor()
         self.drop_handed()
         self.socket.close()
-
-    def _drop_descriptor(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
 
 
 def accept(listener: socket.socket, rights: Rights, clients: list[Client]) -> Client | None:
     """Accept one connection, with the rights its peer credentials give; None when there is none after all.
 
-    A user with too many connections, or one more than the monitor serves, is disconnected at once.
+    A user with too many connections, or one more than the monitor serves, is disconnected at once. Raise OSError when
+    no descriptor is left.
     """
     try:
         connection = _accepted(listener)
-    except OSError:
+    except BlockingIOError:
         return None
     uid, groups = _peer(connection)
     same_user = sum(client.uid == uid for client in clients)
@@ -265,8 +273,3 @@ def decode(untrusted_body: bytes) -> tuple[Request, bool]:
     if len(params) > PARAMS_LIMIT or not all(isinstance(value, str) for value in params.values()):
         raise ProtocolError("parameters are at most 16 texts")
     return Request(identifier, method, params), untrusted.get("xenvm") == 1
-
-
-def usage(message: str) -> UsageError:
-    """Return the error for a request that could not be understood."""
-    return UsageError(message)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from xenvm.supervisor.pending import Operation, Waiter
     from xenvm.supervisor.states import State
 
+DEAF_S: Final = 1.0  # for new clients, when no descriptor is left
 ALIVE_S: Final = 10.0  # between two events of progress: checking or synchronising an image says nothing for minutes
 
 
@@ -39,6 +40,7 @@ class Desk(ABC):
         self._operation: Operation | None = None  # the command that changes the VM just now
         self._step: dict[str, object] = {}  # what the broker's helper is at
         self._told_s = 0.0
+        self._deaf_s = 0.0  # until when no client is accepted
 
     @abstractmethod
     def _command(self, client: Client, request: Request) -> None:
@@ -55,7 +57,12 @@ class Desk(ABC):
             self._epoll.register(self._listener.fileno(), select.EPOLLIN)
 
     def _accept(self) -> None:
-        client = accept(self._listener, self._rights, list(self._clients.values()))
+        try:
+            client = accept(self._listener, self._rights, list(self._clients.values()))
+        except OSError:  # else it would be tried again at once, and for ever
+            self._epoll.modify(self._listener.fileno(), 0)
+            self._deaf_s = time.monotonic() + DEAF_S
+            return
         if client is not None:
             self._clients[client.fileno()] = client
             self._epoll.register(client.fileno(), select.EPOLLIN)
@@ -64,7 +71,8 @@ class Desk(ABC):
         if events & select.EPOLLOUT and not client.flush():
             self._drop(client)
             return
-        if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR) and not client.read():
+        gone = events & (select.EPOLLHUP | select.EPOLLERR)
+        if (gone or events & select.EPOLLIN) and (not client.read() or (client.ended and gone)):
             self._drop(client)
             return
         self._serve(client)
@@ -83,10 +91,16 @@ class Desk(ABC):
             self._try(client, request)
         if client.fileno() < 0:
             return
+        if client.ended and not client.waiting and not client.subscribed:
+            client.closing = True
+        self._send(client)
+
+    def _send(self, client: Client) -> None:
+        """Send what a client takes, and wait for what is to come of it; let it go when it is done, or of no use."""
         if not client.flush():
             self._drop(client)
             return
-        wanted = select.EPOLLIN | (select.EPOLLOUT if client.has_output else 0)
+        wanted = (0 if client.ended else select.EPOLLIN) | (select.EPOLLOUT if client.has_output else 0)
         self._epoll.modify(client.fileno(), wanted)
 
     def _try(self, client: Client, request: Request) -> None:
@@ -110,12 +124,17 @@ class Desk(ABC):
         due = [waiter.end for waiter in self._waiters]
         if self._awaits_image:
             due.append(self._told_s + ALIVE_S)
+        if self._deaf_s:
+            due.append(self._deaf_s)
         return due + [client.begun_s + REQUEST_WAIT_S for client in self._clients.values() if client.partial]
 
     def _expire(self, now_s: float, state: State) -> None:
         """Answer who has waited long enough, drop who does not end a request, tell that an image is worked on."""
         if self._awaits_image and now_s >= self._told_s + ALIVE_S:
             self._publish("progress", self._step or {"step": ""})
+        if self._deaf_s and now_s >= self._deaf_s:
+            self._deaf_s = 0.0
+            self._epoll.modify(self._listener.fileno(), select.EPOLLIN)
         for waiter in [waiter for waiter in self._waiters if now_s >= waiter.end]:
             if waiter not in self._waiters:  # dropped by what another one's answer led to
                 continue
@@ -149,11 +168,9 @@ class Desk(ABC):
         """Send an event to all who want to hear of them."""
         self._told_s = time.monotonic()
         for client in [client for client in self._clients.values() if client.subscribed]:
-            client.notify(event)
-            if not client.flush():
-                self._drop(client)
-            elif client.has_output:
-                self._epoll.modify(client.fileno(), select.EPOLLIN | select.EPOLLOUT)
+            if client.fileno() >= 0:  # else dropped by what another one's end led to
+                client.notify(event)
+                self._send(client)
 
     def _log(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
