@@ -304,24 +304,39 @@ def test_reply_timeout(serve, capsys):
 
 def test_own_timeout_extends_the_wait(serve):
     def late(_connection, request):
-        time.sleep(0.15)
+        time.sleep(0.0 if request["method"] == "events" else 0.6)
         return ok(request)
 
     serve(late)
-    assert cmd.main(["--reply-timeout=0.05", A, "shutdown", "timeout=5"]) == 0
-    assert cmd.main(["--reply-timeout=0.05", A, "wait", "running"]) == 0
-    assert cmd.main(["--reply-timeout=0.05", A, "start", "timeout=soon"]) == ExitCode.TIMED_OUT
+    assert cmd.main(["--reply-timeout=0.3", A, "shutdown", "timeout=5"]) == 0
+    assert cmd.main(["--reply-timeout=0.3", A, "wait", "running"]) == 0
+    assert cmd.main(["--reply-timeout=0.3", A, "start", "timeout=soon"]) == ExitCode.TIMED_OUT
 
 
-def test_progress_starts_the_wait_anew(serve):
+@pytest.mark.parametrize("command", ["start", "pause", "shutdown", "restart", "destroy", "reboot"])
+def test_progress_starts_the_wait_anew(serve, command):
+    """A monitor tells those of it who have asked for events."""
+    listening = []
+
     def slow(connection, request):
-        for _ in range(6):
-            connection.sendall(event(progress=1))
+        if request["method"] == "events":
+            listening.append(connection)
+            return ok(request)
+        for _ in range(8):
+            if connection in listening:
+                connection.sendall(event(progress=1))
             time.sleep(0.1)
         return ok(request)
 
     serve(slow)
-    assert cmd.main(["--reply-timeout=0.5", A, "start"]) == 0
+    timeout = ["timeout=0.1"] if command in ("shutdown", "restart", "reboot") else []
+    assert cmd.main(["--reply-timeout=0.5", A, command, *timeout]) == 0
+
+
+def test_who_may_not_command_hears_it_of_the_command(serve, capsys):
+    serve(lambda _c, request: failure(request, f"{request['method']}: you may not", exit=8))
+    assert cmd.main([A, "start"]) == ExitCode.PERMISSION_REFUSED
+    assert capsys.readouterr().err == "error: start: you may not\n"
 
 
 def test_progress_cannot_hold_a_client_for_ever(serve, monkeypatch):
@@ -519,6 +534,30 @@ def test_list_of_no_monitors(directory, monkeypatch, capsys):
     monkeypatch.setenv("XENVM_SOCKET_DIR", f"{directory}/missing")
     assert cmd.main(["list", "--json"]) == 0
     assert capsys.readouterr().out == "UUID  NAME  STATE  DOMID\n[]\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (("status", "web"), "status"),
+        (("reboot", "nobody"), "reboot"),
+        (("shutdown", "web", "timeout=5"), "shutdown"),
+        (("disk-del", "web", "xvda"), "disk-del"),
+    ],
+)
+def test_the_order_of_words_that_xl_has_is_told_from_a_vm_that_is_not_there(serve, capsys, words, command):
+    serve(status(name="web"))
+    assert cmd.main(words) == ExitCode.USAGE
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {command} is a command: the VM comes first")
+    assert told.endswith(f"hint: xenvm-cmd {words[1]} {command}\n")
+
+
+def test_a_vm_may_have_the_name_of_a_command(serve, capsys):
+    serve(status(name="status"))
+    assert cmd.main(["status", "status"]) == 0
+    assert cmd.main(["pause", "status"]) == ExitCode.USAGE
+    assert cmd.main(["nobody", "status"]) == ExitCode.NO_MONITOR
 
 
 # Output

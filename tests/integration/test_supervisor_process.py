@@ -379,6 +379,26 @@ def test_events(monitor):
     assert reply["id"] == client.last
 
 
+def test_who_waits_for_a_command_hears_every_ten_seconds_that_it_is_at_work(monitor):
+    """Its wait for the reply begins anew with each: to load a kernel may take longer than it would wait."""
+    monitor.init(policy=POLICY.but(startup="shutdown"))
+    monitor.done(0, NO_DOMAIN)
+    monitor.asked(Op.STARTED)
+    client = monitor.client()
+    client.call("events")
+    select.select([client.socket], [], [], 11)  # what was told last is long ago
+    client.send("start")
+    build = monitor.asked(Op.BUILD)
+    monitor.broker.send(Progress(build.sequence, "loading the kernel"))
+    begun_s, steps = time.monotonic(), []
+    while steps.count("loading the kernel") < 2:
+        event = client.message()["params"]
+        steps += [event["step"]] if event["event"] == "progress" else []
+    assert steps == ["loading the kernel"] * 2
+    assert 8 < time.monotonic() - begun_s < 20
+    monitor.done(build, RUNNING)
+
+
 def test_reading_the_config_again(monitor):
     client, watching = monitor.running().client(), monitor.client()
     watching.call("events")

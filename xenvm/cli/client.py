@@ -196,10 +196,14 @@ class Monitor:
         handed, self.handed = self.handed, None
         try:
             self._exchange("events", {}, on_event)
-        except BaseException:
-            self.handed = handed
+        except PermissionRefusedError:  # so is the command, then, and says so itself
+            pass
+        except XenvmError as error:
+            if error.message.startswith("events: "):
+                error.message = f"{method}: {error.message.removeprefix('events: ')}"
             raise
-        self.handed = handed
+        finally:
+            self.handed = handed
         return self._exchange(method, params, on_event)
 
     def events(self, /, **params: str) -> Iterator[dict[str, object]]:

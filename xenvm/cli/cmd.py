@@ -85,12 +85,34 @@ def parse(arguments: Sequence[str]) -> Line:
         raise UsageError(f"{missing} missing", hint=f"usage: {USAGE}; `xenvm-cmd help` lists the commands")
     else:
         line.target, line.command = words[:2]
-        line.params = _params(line.command, words[2:])
+        try:
+            line.params = _params(line.command, words[2:])
+        except UsageError as error:
+            raise _turned(line) or error from None
     if log:
         if line.command != "console":
             raise UsageError(f"{line.command}: --log is an option of console", hint=f"usage: {USAGE}")
         line.command = "console-log"
     return line
+
+
+def _turned(line: Line) -> UsageError | None:
+    """Return what to say of a command line that seems to have the order of xl's; None for another one."""
+    from xenvm.supervisor.commands import ALIASES, COMMANDS  # noqa: PLC0415 - only of those that failed
+
+    if line.target not in COMMANDS.keys() | ALIASES.keys():
+        return None
+    return UsageError(
+        f"{line.target} is a command: the VM comes first, and then what it is to do",
+        hint=f"xenvm-cmd {line.command} {line.target}",
+    )
+
+
+def _target(line: Line) -> str:
+    try:
+        return find(line.target)
+    except (NoMonitorError, PermissionRefusedError) as error:
+        raise _turned(line) or error from None
 
 
 def _seconds(word: str) -> float:
@@ -292,6 +314,11 @@ def _call(monitor: Monitor, line: Line) -> ExitCode:
     return _show(monitor.call(line.command, **line.params), line)
 
 
+def _change(monitor: Monitor, line: Line) -> ExitCode:
+    """Give a command whose end may be far off: it is waited for as long as the monitor tells that it is at work."""
+    return _show(monitor.watch(line.command, lambda _event: None, **line.params), line)
+
+
 def _show(reply: Reply, line: Line) -> ExitCode:
     code = ExitCode.DONE
     if line.command in ("status", "get-status"):
@@ -320,16 +347,24 @@ def run(line: Line) -> ExitCode:
         return ExitCode.DONE
     if not line.target:
         return _list(line) if line.command == "list" else _help(line)
-    with Monitor.connect(find(line.target), reply_timeout_s=line.reply_timeout_s) as monitor:
+    with Monitor.connect(_target(line), reply_timeout_s=line.reply_timeout_s) as monitor:
         if line.command == BATCH:
             from xenvm.cli import batch  # noqa: PLC0415 - most commands do without
 
             return batch.run(lambda words: _one_of_many(monitor, line, words))
         special = {"events": _events, "console": _console, "console-log": _console}
         special |= dict.fromkeys(("suspend", "checkpoint", "restore"), _image)
+        special |= dict.fromkeys(CHANGING, _change)
         return special.get(line.command, _call)(monitor, line)
 
 
+CHANGING = frozenset(
+    {
+        *("start", "pause", "unpause", "shutdown", "halt", "restart", "reboot", "destroy"),
+        *("trigger", "s3suspend", "s3resume"),
+    }
+)
+"""What changes the state of the VM or of its guest."""
 NOT_IN_BATCH = frozenset(
     {"events", "console", "console-log", "help", "list", "suspend", "checkpoint", "restore", BATCH}
 )

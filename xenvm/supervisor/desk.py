@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from xenvm.context import suppress
 from xenvm.errors import ProtocolError, TimeoutExpiredError, UsageError, XenvmError
 from xenvm.supervisor.control import PARSE_ERROR, REQUEST_WAIT_S, Client, Request, Rights, accept
-from xenvm.supervisor.images import CANCELLABLE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from xenvm.supervisor.states import State
 
 DEAF_S: Final = 1.0  # for new clients, when no descriptor is left
-ALIVE_S: Final = 10.0  # between two events of progress: checking or synchronising an image says nothing for minutes
+ALIVE_S: Final = 10.0  # between two events of progress: a builder may have nothing to say for minutes
 
 
 class Desk(ABC):
@@ -122,17 +121,14 @@ class Desk(ABC):
     def _client_deadlines(self) -> list[float]:
         """Return when waiting for a state, or for the rest of a request, is over."""
         due = [waiter.end for waiter in self._waiters]
-        if self._awaits_image:
-            due.append(self._told_s + ALIVE_S)
-        if self._deaf_s:
-            due.append(self._deaf_s)
+        due += [at for at in (self._alive_s, self._deaf_s) if at]
         return due + [client.begun_s + REQUEST_WAIT_S for client in self._clients.values() if client.partial]
 
     def _expire(self, now_s: float, state: State) -> None:
-        """Answer who has waited long enough, drop who does not end a request, tell that an image is worked on."""
-        if self._awaits_image and now_s >= self._told_s + ALIVE_S:
+        """Answer who has waited long enough, drop who does not end a request, tell that a command is at work."""
+        if 0 < self._alive_s <= now_s:
             self._publish("progress", self._step or {"step": ""})
-        if self._deaf_s and now_s >= self._deaf_s:
+        if 0 < self._deaf_s <= now_s:
             self._deaf_s = 0.0
             self._epoll.modify(self._listener.fileno(), select.EPOLLIN)
         for waiter in [waiter for waiter in self._waiters if now_s >= waiter.end]:
@@ -151,9 +147,10 @@ class Desk(ABC):
                 self._drop(client)
 
     @property
-    def _awaits_image(self) -> bool:
-        """Whether a client waits for a save image, and would give up when it heard nothing for long."""
-        return bool(self._operation and self._operation.name in CANCELLABLE and self._operation.client)
+    def _alive_s(self) -> float:
+        """When a client that waits for the end of a command, and hears of events, is told that it is still at work."""
+        operation = self._operation
+        return max(self._told_s, operation.since_s) + ALIVE_S if operation and operation.client else 0.0
 
     def _wake(self, state: State) -> None:
         """Answer those who have waited for this state."""
