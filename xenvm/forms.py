@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 DIGITS = frozenset("0123456789")
 HEX_DIGITS = DIGITS | frozenset("abcdef")
 LOWER = frozenset("abcdefghijklmnopqrstuvwxyz")
+TRUE = frozenset({"true", "yes", "y", "1"})
+FALSE = frozenset({"false", "no", "n", "0"})
+"""The words of a switch, in the config file and in commands; in any case."""
 LETTERS = LOWER | frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 

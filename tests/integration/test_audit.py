@@ -29,16 +29,22 @@ from xenvm.boundary.privileges import PRIVCMD, TABLE, Landlock, Role, markdown_t
 from xenvm.broker.actlog import ActLog
 from xenvm.cli import acts as acts_module
 from xenvm.cli import audit as audit_module
-from xenvm.cli import live
+from xenvm.cli import compare, live
 from xenvm.cli.audit import Host, audit, expected, identity, main
 from xenvm.cli.client import NoMonitorError
-from xenvm.cli.compare import compare
 from xenvm.cli.live import Descriptor
 from xenvm.errors import PermissionRefusedError, UsageError, XenvmError
 
 UUID = "6f1d0a3e-52c7-4b0e-9a55-0d3c1b7e8f21"
 OTHER = "6f1d0a3e-0000-4b0e-9a55-0d3c1b7e8f21"
 WAIT_S = 30
+
+
+def differences(row, process, proof, fits):
+    """The properties in which a process differs from its row."""
+    return [line for line in compare.lines(row, process, proof, fits) if line.differs]
+
+
 # Nobody's: no process confined here needs an entry in /etc/passwd.
 IDS = {
     "xenvm": (64017, 64018),
@@ -422,11 +428,11 @@ def test_the_connection_to_a_served_image_belongs_to_those_who_pass_it_on(superv
     row, process, proof, fits = supervisor
     served = Descriptor(40, "socket", "socket:[1]", "UNIX-STREAM", "", f"/run/xenvm/image-{UUID}-51712")
     held = process.but(descriptors=(*process.descriptors, served))
-    assert [line.name for line in compare(row, held, proof, fits)] == ["other servers"]
+    assert [line.name for line in differences(row, held, proof, fits)] == ["other servers"]
     for role in (Role.BROKER, Role.IMAGE, Role.STORAGE):
-        assert compare(row.but(role=role), held, proof.but(role=role.value), fits) == []
+        assert differences(row.but(role=role), held, proof.but(role=role.value), fits) == []
         other = process.but(descriptors=(*process.descriptors, served.but(peer=f"/run/xenvm/image-{OTHER}-51712")))
-        assert [line.name for line in compare(row.but(role=role), other, proof.but(role=role.value), fits)] == [
+        assert [line.name for line in differences(row.but(role=role), other, proof.but(role=role.value), fits)] == [
             "other servers"
         ]
 
@@ -513,11 +519,11 @@ def supervisor(monitor):
 def test_only_a_builder_may_hold_the_hypervisor(supervisor, device):
     row, process, proof, fits = supervisor
     held = process.but(descriptors=(*process.descriptors, Descriptor(40, device, device)))
-    assert [line.name for line in compare(row, held, proof, fits)] == ["hypervisor"]
+    assert [line.name for line in differences(row, held, proof, fits)] == ["hypervisor"]
     generous = row.but(extra_descriptors=row.extra_descriptors | {device})
-    assert [line.name for line in compare(generous, held, proof, fits)] == ["hypervisor"]
+    assert [line.name for line in differences(generous, held, proof, fits)] == ["hypervisor"]
     builder = row.but(role=Role.BUILDER, extra_descriptors=row.extra_descriptors | {device})
-    assert [line.name for line in compare(builder, held, proof.but(role="builder"), fits)] == []
+    assert [line.name for line in differences(builder, held, proof.but(role="builder"), fits)] == []
 
 
 @pytest.mark.parametrize(
@@ -535,29 +541,29 @@ def test_only_a_builder_may_hold_the_hypervisor(supervisor, device):
 def test_what_the_kernel_would_show(supervisor, changes, names):
     row, process, proof, fits = supervisor
     changed = process.but(status=process.status.but(**changes))
-    assert [line.name for line in compare(row, changed, proof, fits)] == names
+    assert [line.name for line in differences(row, changed, proof, fits)] == names
 
 
 def test_small_print(supervisor):
     row, process, proof, fits = supervisor
-    assert compare(row, process, proof, fits) == []
-    assert compare(row, process.but(filters=None), proof, fits) == []
-    assert [x.name for x in compare(row, process.but(program="/bin/sh"), proof, fits)] == ["program"]
-    assert [x.name for x in compare(row, process.but(arguments=()), proof, fits)] == ["program"]
+    assert differences(row, process, proof, fits) == []
+    assert differences(row, process.but(filters=None), proof, fits) == []
+    assert [x.name for x in differences(row, process.but(program="/bin/sh"), proof, fits)] == ["program"]
+    assert [x.name for x in differences(row, process.but(arguments=()), proof, fits)] == ["program"]
     elsewhere = Descriptor(40, "socket", "socket:[1]", "UNIX", "", live.UNKNOWN_PEER)
-    assert [x.name for x in compare(row, process.but(descriptors=(*process.descriptors, elsewhere)), proof, fits)] == [
-        "other servers"
-    ]
+    assert [
+        x.name for x in differences(row, process.but(descriptors=(*process.descriptors, elsewhere)), proof, fits)
+    ] == ["other servers"]
     unlimited = {**process.limits, "CORE": -1}
-    assert [x.process for x in compare(row, process.but(limits=unlimited), proof, fits)] == ["unlimited"]
+    assert [x.process for x in differences(row, process.but(limits=unlimited), proof, fits)] == ["unlimited"]
     free = row.but(landlock=Landlock.UNRESTRICTED)
-    assert {x.name for x in compare(free, process, proof, fits)} == LANDLOCK
+    assert {x.name for x in differences(free, process, proof, fits)} == LANDLOCK
 
 
 def test_capabilities_have_their_names(supervisor):
     row, process, proof, fits = supervisor
     held = process.but(status=process.status.but(capabilities=(0, 0, 0, 0b100111 | 1 << 63, 0)))
-    [bounding, _] = compare(row, held, proof, fits)
+    [bounding, _] = differences(row, held, proof, fits)
     assert (bounding.name, bounding.table) == ("CapBnd", "none")
     assert bounding.process == "CAP_63 CHOWN DAC_OVERRIDE DAC_READ_SEARCH KILL"
 

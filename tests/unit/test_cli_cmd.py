@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import xenvm
-from xenvm import __version__
+from xenvm import __version__, forms
 from xenvm.cli import client, cmd, render, verbs
 from xenvm.errors import UsageError, XenvmError
 
@@ -188,14 +188,16 @@ def test_own_timeout(method, params, seconds):
 
 @given(st.text())
 def test_only_a_canonical_uuid_becomes_part_of_a_path(word):
-    assert not client.is_uuid(word) or "/" not in word
+    assert not forms.uuid(word) or "/" not in word
+    assert client.uuids_of([f"vm-{word}", "vm-", "", word], "vm-") == ([word] if forms.uuid(word) else [])
 
 
 @given(st.uuids())
 def test_every_uuid_is_canonical(uuid):
-    assert client.is_uuid(str(uuid))
-    assert not client.is_uuid(str(uuid) + "\n")
-    assert not client.is_uuid(uuid.hex)
+    assert forms.uuid(str(uuid))
+    assert not forms.uuid(str(uuid) + "\n")
+    assert not forms.uuid(uuid.hex)
+    assert client.uuids_of([f"vm-{uuid}", f"lock-{uuid}"], "vm-") == [str(uuid)]
 
 
 def test_socket_directory(monkeypatch):

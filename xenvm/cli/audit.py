@@ -13,7 +13,7 @@ import sys
 import time
 from datetime import UTC, datetime
 
-from xenvm import __version__
+from xenvm import __version__, forms
 from xenvm.boundary.devices import label
 from xenvm.boundary.place import MARK, Place
 from xenvm.boundary.privileges import QEMU_USER, TABLE, Landlock, Role, markdown_table
@@ -22,7 +22,7 @@ from xenvm.broker.host import LOG_DIRECTORY
 from xenvm.broker.plugging import RUN_DIRECTORY
 from xenvm.cli import live, render
 from xenvm.cli.acts import SUFFIX, read_acts, verify
-from xenvm.cli.client import NoMonitorError, is_uuid, socket_directory
+from xenvm.cli.client import NoMonitorError, socket_directory
 from xenvm.cli.compare import Expected, Line, lines, model_lines, server_lines
 from xenvm.errors import ExitCode, PermissionRefusedError, UsageError, XenvmError
 from xenvm.record import Record
@@ -288,7 +288,7 @@ def _differences(found: Sequence[Audited]) -> int:
 
 
 def _logs(host: Host, word: str) -> list[str]:
-    if is_uuid(word.lower()):
+    if forms.uuid(word.lower()):
         return [_acts_path(host, word.lower())]
     if word:
         return [word]

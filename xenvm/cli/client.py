@@ -20,7 +20,7 @@ import os
 import struct
 import time
 
-from xenvm import jsontext
+from xenvm import forms, jsontext
 from xenvm.errors import (
     BusyError,
     ConfigError,
@@ -35,7 +35,7 @@ from xenvm.errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from typing import Self
 
 DEFAULT_SOCKET_DIR = "/run/xenvm"
@@ -59,7 +59,6 @@ _WAITING = frozenset(
     }
 )
 _PASSING_DESCRIPTOR = frozenset({"console", "console-log"})
-_UUID_CHARACTERS = frozenset("0123456789abcdef-")
 _CONNECT_RETRY_S = 0.02
 
 
@@ -106,10 +105,24 @@ def socket_directory(given: str | None = None) -> str:
     return given or os.environ.get("XENVM_SOCKET_DIR") or DEFAULT_SOCKET_DIR
 
 
-def is_uuid(word: str) -> bool:
-    """Tell whether `word` is a uuid in canonical lower case form, as in the name of a command socket."""
-    groups = word.split("-")
-    return [len(group) for group in groups] == [8, 4, 4, 4, 12] and set(word) <= _UUID_CHARACTERS
+def uuids_of(names: Iterable[str], prefix: str) -> list[str]:
+    """Return the uuids in those names that are a prefix and a uuid, sorted."""
+    words = (name[len(prefix) :] for name in names if name.startswith(prefix))
+    return sorted(filter(forms.uuid, words))
+
+
+def only_one(word: str, found: Iterable[str]) -> str:
+    """Return the one uuid that was found for a word.
+
+    UsageError lists the candidates when there are several; NoMonitorError when there is none.
+    """
+    uuids = sorted(found)
+    if len(uuids) > 1:
+        raise UsageError(f"{word} stands for several VMs", hint="give one of: " + " ".join(uuids))
+    if not uuids:
+        hint = "`xenvm FILE` starts one; `xenvm-cmd list` shows those running"
+        raise NoMonitorError(f"no monitor runs for a VM {word}", hint=hint)
+    return uuids[0]
 
 
 class Monitor:
@@ -148,7 +161,7 @@ class Monitor:
         cls, uuid: str, *, socket_dir: str | None = None, reply_timeout_s: float = REPLY_TIMEOUT_S
     ) -> Monitor:
         """Connect without waiting; BlockingIOError when the monitor's queue of connections is full."""
-        if not is_uuid(uuid):
+        if not forms.uuid(uuid):
             raise UsageError(f"not a canonical uuid: {uuid}", hint="8-4-4-4-12 hexadecimal digits in lower case")
         path = f"{socket_directory(socket_dir)}/vm-{uuid}"
         connecting = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 
+from xenvm import forms
 from xenvm.cli import render
 from xenvm.cli.client import (
     MAX_WAIT_S,
@@ -18,8 +19,9 @@ from xenvm.cli.client import (
     Monitor,
     NoMonitorError,
     Reply,
-    is_uuid,
+    only_one,
     socket_directory,
+    uuids_of,
 )
 from xenvm.cli.verbs import BARE_WORD, SWITCH, VERBS, manual
 from xenvm.errors import ExitCode, PermissionRefusedError, ProtocolError, TimeoutExpiredError, UsageError, XenvmError
@@ -155,7 +157,7 @@ def monitors() -> list[str]:
         raise PermissionRefusedError(
             f"you may not list {directory}", hint="give the full uuid, or become a member of the group xenvm"
         ) from None
-    return sorted(name[3:] for name in names if name.startswith("vm-") and is_uuid(name[3:]))
+    return uuids_of(names, "vm-")
 
 
 def ask_status(uuids: Sequence[str], wait_s: float = ASK_S) -> dict[str, Reply | XenvmError]:
@@ -216,7 +218,7 @@ def find(word: str) -> str:
     UsageError lists the candidates when there are several; NoMonitorError when there is none.
     """
     lowered = word.lower()
-    if is_uuid(lowered):
+    if forms.uuid(lowered):
         return lowered
     uuids = monitors()
     found = [uuid for uuid in uuids if uuid.startswith(lowered)]
@@ -226,18 +228,12 @@ def find(word: str) -> str:
             refused += isinstance(answer, PermissionRefusedError)
             if isinstance(answer, Reply) and _members(answer).get("name") == word and uuid not in found:
                 found.append(uuid)
-    if len(found) > 1:
-        raise UsageError(f"{word} stands for several VMs", hint="give one of: " + " ".join(sorted(found)))
-    if found:
-        return found[0]
-    if refused:
+    if not found and refused:
         raise PermissionRefusedError(
             f"no VM named {word} among those you may ask; {refused} refused",
             hint="the command sockets are for root and the group xenvm",
         )
-    raise NoMonitorError(
-        f"no monitor runs for a VM {word}", hint="`xenvm FILE` starts one; `xenvm-cmd list` shows those running"
-    )
+    return only_one(word, found)
 
 
 def _members(reply: Reply) -> Mapping[str, object]:

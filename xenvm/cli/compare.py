@@ -32,7 +32,6 @@ IMAGE_ROLES: Final = frozenset({Role.BROKER, Role.IMAGE, Role.STORAGE})
 """Who has the connection to what serves an image, on its way to the kernel."""
 MACHINE_ROLES: Final = frozenset({Role.BROKER, Role.NETWORK})
 """Who asks the kernel for something, which on a simulated host goes through a socket."""
-STORE_SOCKETS: Final = ("xenstored/socket", "xenstored/socket_ro")
 MODEL_PROGRAM: Final = "/usr/libexec/xen-qemu-system-i386"
 MODEL_ROOT: Final = "/var/lib/xenvm/empty"
 _BOTH_ENDS: Final = 2
@@ -71,11 +70,6 @@ class Expected(Record):
     images: str
     simulator: str = ""
     model: str = ""
-
-
-def compare(row: Row, process: Live, proof: Proof | None, expected: Expected) -> list[Line]:
-    """Return the properties in which a process differs from its row."""
-    return [line for line in lines(row, process, proof, expected) if line.differs]
 
 
 def lines(row: Row, process: Live, proof: Proof | None, expected: Expected) -> list[Line]:

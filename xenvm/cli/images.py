@@ -13,6 +13,7 @@ import os
 import sys
 import time
 
+from xenvm import forms
 from xenvm.cli import render
 from xenvm.cli.client import Monitor
 from xenvm.errors import PermissionRefusedError, UsageError, XenvmError
@@ -123,7 +124,7 @@ def restore(monitor: Monitor, given: Mapping[str, str]) -> Reply:
     try:
         monitor.handed = os.dup(image)
         reply = _watched(monitor, "restore", {**given, "file": path})
-        if given.get("delete", "").lower() in ("true", "yes", "y", "1"):
+        if given.get("delete", "").lower() in forms.TRUE:
             _remove(path, image)
         return reply
     finally:

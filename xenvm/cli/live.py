@@ -18,10 +18,11 @@ import time
 
 import psutil
 
+from xenvm import forms
 from xenvm.boundary.privileges import PTY, SOCKET, TABLE, Role
 from xenvm.boundary.proof import parse_status
-from xenvm.cli.client import NoMonitorError, is_uuid
-from xenvm.errors import PermissionRefusedError, UsageError, XenvmError
+from xenvm.cli.client import NoMonitorError, only_one, uuids_of
+from xenvm.errors import PermissionRefusedError, XenvmError
 from xenvm.record import Record
 
 TYPE_CHECKING = False
@@ -117,19 +118,13 @@ def find_uuid(directory: str, word: str) -> str:
     UsageError lists the candidates when there are several; NoMonitorError when there is none.
     """
     lowered = word.lower()
-    if is_uuid(lowered):
+    if forms.uuid(lowered):
         return lowered
     try:
         names = os.listdir(directory)  # noqa: PTH208
     except OSError as error:
         raise NoMonitorError(f"{directory}: {error.strerror}", hint="no monitor was started there yet") from None
-    uuids = sorted(name[5:] for name in names if name.startswith("lock-") and is_uuid(name[5:]))
-    found = [uuid for uuid in uuids if uuid.startswith(lowered)]
-    if len(found) > 1:
-        raise UsageError(f"{word} stands for several VMs", hint="give one of: " + " ".join(found))
-    if not found:
-        raise NoMonitorError(f"no monitor runs for a VM {word}", hint="`xenvm-cmd list` shows those running")
-    return found[0]
+    return only_one(word, (uuid for uuid in uuids_of(names, "lock-") if uuid.startswith(lowered)))
 
 
 def find_broker(directory: str, uuid: str) -> int:

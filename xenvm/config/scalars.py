@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from xenvm import forms
 from xenvm.config.issue import ValueRefusedError, quoted, suggestion
 from xenvm.model import Action, Compression, StartupKind, Uuid, parse_uuid
 
@@ -20,8 +21,6 @@ Parser = Callable[[str], object]
 """Turns the text of a value into the value, or raises ValueRefusedError."""
 
 _INTEGER: Final = re.compile(r"-?(?:0x[0-9a-f_]{1,32}|0o[0-7_]{1,64}|0b[01_]{1,80}|[0-9][0-9_]{0,31})", re.IGNORECASE)
-_TRUE: Final = ("true", "yes", "y", "1")
-_FALSE: Final = ("false", "no", "n", "0")
 _NAME: Final = re.compile(r"[A-Za-z0-9._+-]{1,64}")
 _KEYMAP: Final = re.compile(r"[A-Za-z0-9_-]{1,32}")
 _NIL_UUID: Final = "00000000-0000-0000-0000-000000000000"
@@ -70,9 +69,9 @@ def integer(low: int, high: int, unit: str = "") -> Parser:
 def boolean(text: str) -> bool:
     """Return a switch: true, yes, y, 1 or false, no, n, 0 in any case."""
     word = text.lower()
-    if word in _TRUE:
+    if word in forms.TRUE:
         return True
-    if word in _FALSE:
+    if word in forms.FALSE:
         return False
     raise ValueRefusedError(f"{quoted(text)} is neither true nor false", suggestion(word, ("true", "false", "yes")))
 

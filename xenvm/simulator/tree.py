@@ -22,7 +22,6 @@ PERMISSION: Final = re.compile(r"([nrwb])(0|[1-9][0-9]{0,4})", re.ASCII)
 NODES_QUOTA: Final = 1000  # of a guest; the defaults of xenstored(8)
 PATH_QUOTA: Final = 2048  # XENSTORE_REL_PATH_MAX, xen/io/xs_wire.h: a rule for guests, not for dom0
 SIZE_QUOTA_BYTES: Final = 2048
-TRANSACTIONS_QUOTA: Final = 10
 CONTROL_DOMID: Final = 0
 OWNED_BY_CONTROL: Final = (("n", CONTROL_DOMID),)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from xenvm import forms
 from xenvm.errors import ExitCode, UsageError, XenvmError
 from xenvm.record import MappingProxyType, Record
 from xenvm.supervisor.states import Event
@@ -12,8 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Final
 
-TRUE: Final = frozenset({"true", "yes", "y", "1"})
-FALSE: Final = frozenset({"false", "no", "n", "0"})
 TIMEOUT_MAX_S: Final = 86400.0
 
 
@@ -126,9 +125,9 @@ def boolean(params: Mapping[str, str], *keys: str) -> bool:
     for key in keys:
         if key in params:
             value = params[key].lower()
-            if value not in TRUE | FALSE:
+            if value not in forms.TRUE | forms.FALSE:
                 raise UsageError(f"{key}: {_shown(params[key])} is neither true nor false")
-            return value in TRUE
+            return value in forms.TRUE
     return False
 
 
