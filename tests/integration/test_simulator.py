@@ -261,7 +261,7 @@ def connected(guest, count, body):
     child = os.fork()
     if child == 0:
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (count + 100, count + 100))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (2 * count, 2 * count))  # what is open here too counts
             os.setgroups([])
             os.setresgid(NOBODY, NOBODY, NOBODY)
             os.setresuid(NOBODY, NOBODY, NOBODY)
