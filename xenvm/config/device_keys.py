@@ -54,7 +54,7 @@ DEVICE_KEYS: Final = (
         repeatable=True,
         published=True,
         help="A virtual network card. `id` is 0 to 31, by default the lowest free number, in the order of the lines; "
-        "`bridge` the host's bridge, by default its first one; `mac` the address, by default derived from the uuid; "
+        "`bridge` the host's bridge, by default the only one or that of the host's policy; `mac` the address, by default derived from the uuid; "
         f"`model` (hvm) one of {', '.join(devices.NIC_MODELS)}; `backend-domid` can only be 0.",
         applied="a vif; with hvm an emulated card of QEMU too",
     ),
@@ -70,7 +70,7 @@ DEVICE_KEYS: Final = (
         help="Hands a PCI function of the host to the guest. Functions with one ID form one device; `bind` takes the "
         "function from its driver. Options: `msitranslate`, `power_mgmt` (0 or 1), `guest_slot` (0 to 31) or "
         "`vdevfn` (0 to 255).",
-        applied="a node of the guest's pci device, and the IOMMU",
+        applied="nothing yet: this version refuses the key",
     ),
     Key(
         name="pci-msitranslate",

@@ -139,8 +139,8 @@ LIFE_KEYS: Final = (
         parse=scalars.path,
         value=PATH,
         blank_is_default=True,
-        help="The file that takes the debug log.",
-        applied="the monitor's log, with `debug`",
+        help="The file that takes the monitor's log, in place of `/var/log/xenvm/UUID.log`.",
+        applied="the monitor's log; with `debug` each step is in it",
     ),
     Key(
         name="no_mem_check",
@@ -256,7 +256,7 @@ BUILD_KEYS: Final = (
         value="a divisor of `vcpus`",
         blank_is_default=True,
         help="How many virtual CPUs share a socket, for licences counted by sockets.",
-        applied="the processor topology the guest sees",
+        applied="nothing yet: this version refuses the key",
     ),
     Key(
         name="cpus-affinity",
