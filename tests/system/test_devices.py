@@ -62,7 +62,10 @@ def test_the_published_example_with_disk_and_card(vm, block, bridge):
     guest = quiet(vm, disk=f"{device}:phy:sda:w:disk", vif=f"id=0,bridge={bridge}")
     guest.start()
     guest.up()
-    guest.shell("mkdir /mnt && mount -t ext4 /dev/xvda /mnt && echo written by the guest >/mnt/file && umount /mnt")
+    guest.shell(
+        "mkdir /mnt && mount -t ext4 /dev/xvda /mnt && echo written by the guest >/mnt/file && cp /bin/busybox /mnt"
+    )
+    assert "written by the guest" in guest.shell("chroot /mnt /busybox cat /file && umount /mnt")  # it is its root
     guest.shell("ip addr add 10.77.0.2/24 dev eth0 && ip link set eth0 up")
     guest.shell("ping -c 2 -w 20 10.77.0.1")
     assert run("busybox", "ping", "-c", "2", "-w", "20", "10.77.0.2").returncode == 0
@@ -93,6 +96,22 @@ def test_files_through_loop_devices(vm, image, kind):
     until(lambda: devices()["loops"] == [], "the loop devices have gone")
     assert written.read_bytes()[: len(PATTERN)] == PATTERN
     assert fixed.read_bytes()[: len(PATTERN)] == PATTERN
+
+
+@pytest.mark.long
+def test_block_devices(vm, block):
+    """What the guest writes is on the device; one for reading only takes no writes, of root in the guest neither."""
+    written, fixed = block("written.img", size=DISK), block("fixed.img", content=PATTERN)
+    guest = quiet(vm, disk=[f"{written}:phy:xvda:w:disk", f"{fixed}:phy:xvdb:r:disk"])
+    guest.start()
+    guest.up()
+    guest.shell("dd if=/dev/xvdb of=/dev/xvda bs=1M conv=fsync")
+    guest.shell("dd if=/dev/zero of=/dev/xvdb bs=512 count=1", code=1)
+    guest.cmd("shutdown", "timeout=100")
+    until(lambda: devices()["backends"] == [], "the kernel let go of the devices")
+    for device in (written, fixed):
+        with Path(device).open("rb") as content:
+            assert content.read(len(PATTERN)) == PATTERN
 
 
 @pytest.mark.parametrize(("kind", "form"), [("qcow", "qcow2"), pytest.param("vhd", "vpc", marks=pytest.mark.long)])
