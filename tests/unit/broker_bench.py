@@ -46,11 +46,12 @@ class Bench:
         self.listener = socket.socket(socket.AF_UNIX)
         self.wakeup, self.signals = os.pipe()
         self.reloaded = []
+        self.host_policy = HostPolicy("", ())
         self.broker = Broker(
             grants=self.grants,
             policy=Policy("started", "destroy", "reboot", "destroy", 60, 40),
             fields={"name": "web"},
-            host_policy=HostPolicy("", ()),
+            host_policy=self.host_policy,
             directory=str(tmp_path),
             config_file="/etc/a.cfg",
             listener=self.listener,
@@ -65,7 +66,7 @@ class Bench:
 
     def reload(self):
         self.reloaded.append(1)
-        return self.grants, Policy("started", "preserve", "reboot", "destroy", 60, 40), {}
+        return self.grants, Policy("started", "preserve", "reboot", "destroy", 60, 40), {}, self.host_policy
 
     def close(self):
         self.broker._book.saved = False  # nobody is there who would resume the guest, or remove half of it

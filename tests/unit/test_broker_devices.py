@@ -20,6 +20,7 @@ from xenvm.boundary.messages import (
     Failed,
     Fault,
     Hello,
+    HostPolicy,
     Init,
     Op,
     Phase,
@@ -288,6 +289,20 @@ def test_a_disk_that_may_not_be_added_is_closed(bench, what, handed, match):
     assert match in bench.refused()
     assert bench.broker._work is None
     assert bench.acts.of("refused")[-1]["op"] == "plug"
+
+
+def test_reading_the_config_again_takes_on_the_policy_of_the_host(bench, monkeypatch):
+    """What it opens and closes to clients counts from then on, and the supervisor hears of its directories."""
+    monkeypatch.setattr("xenvm.broker.bridges.bridges", lambda: ["br0", "dmz"])
+    bench.known(RUNNING)
+    bench.send(Rebridge(9, 0, "dmz"))
+    assert "not open to this VM" in bench.refused()
+    bench.host_policy = HostPolicy("br0", ("dmz",), ("/srv/discs",))
+    bench.ask(Op.READ_CONFIG)
+    assert bench.heard().directories == ("/srv/discs",)
+    assert isinstance(bench.heard(), Done)
+    bench.send(Rebridge(9, 0, "dmz"))
+    assert bench.job()[0].op is Op.REBRIDGE
 
 
 def test_a_card_for_a_bridge_that_is_not_open_to_the_vm(bench, monkeypatch):

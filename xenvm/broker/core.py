@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from xenvm.broker.plugging import Plugging
     from xenvm.broker.requests import Request
 
-    Reload = Callable[[], tuple[Grants, Policy, dict[str, str]]]
+    Reload = Callable[[], tuple[Grants, Policy, dict[str, str], HostPolicy]]
 
 RESTARTS_PER_MINUTE: Final = 5
 WATCHER_PAUSE_S: Final = 1.0  # before it is started again, and twice as long each time: xenstored may be starting too
@@ -435,9 +435,8 @@ class Broker:
         self._to_supervisor(failed(work.sequence, XenvmError(f"{work.meant}: {why}"), self._known()))
 
     def _read_config(self) -> None:
-        grants, policy, fields = self._reload()
-        self._grants, self._policy, self._fields = grants, policy, fields
-        self._acts.append("sealed", grants=grants.as_body())
+        self._grants, self._policy, self._fields, self._book.policy = self._reload()
+        self._acts.append("sealed", grants=self._grants.as_body())
         self._send_init(first=False)
 
     def _hand_over(self, sequence: int, descriptor: int) -> None:

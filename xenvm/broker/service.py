@@ -11,7 +11,7 @@ import time
 
 from xenvm import jsontext
 from xenvm.boundary.frames import Channel
-from xenvm.boundary.messages import Grants, Outcome, Parsed, Policy
+from xenvm.boundary.messages import Grants, HostPolicy, Outcome, Parsed, Policy
 from xenvm.boundary.privileges import Role
 from xenvm.broker import host, policyfile
 from xenvm.broker.actlog import ActLog
@@ -93,7 +93,7 @@ def serve(
         acts.append("confined", role="broker", pid=os.getpid(), proof=proof)
         acts.append("sealed", grants=grants.as_body())
 
-        def reload_config() -> tuple[Grants, Policy, dict[str, str]]:
+        def reload_config() -> tuple[Grants, Policy, dict[str, str], HostPolicy]:
             descriptors = {CONFIG: _open_config(config_file)}
             try:
                 descriptors[HOST_POLICY] = policyfile.open_host_policy()
@@ -106,7 +106,7 @@ def serve(
             new = again.grants[0]
             if again.uuid_given and new.uuid != grants.uuid:
                 raise ConfigError(f"{config_file}: the uuid is now {new.uuid}; this monitor serves {grants.uuid}")
-            return new.but(uuid=grants.uuid), again.policy[0], again.fields
+            return new.but(uuid=grants.uuid), again.policy[0], again.fields, again.host
 
         broker = Broker(
             grants=grants,
