@@ -350,6 +350,7 @@ def test_a_guest_may_grow_to_memory_max(host, vm):
     assert 128 <= host.limit_mib(guest.domid) <= 130
 
 
+@pytest.mark.long
 def test_a_processor_that_the_host_has_not_is_refused(host, vm):
     """Also beside one that it has: Xen alone would take that without a word."""
     cpus = host.cpus()
@@ -364,6 +365,7 @@ def test_a_processor_that_the_host_has_not_is_refused(host, vm):
     guest.up()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("where", ["log", "output"])
 def test_debug_logs_every_operation(host, vm, where):
     """Into the log of this VM, or the file that the config names; without it only changes of state are there."""
@@ -391,6 +393,7 @@ def test_debug_logs_every_operation(host, vm, where):
     assert Path(paths[0]).read_text().count("asked pause") == 1
 
 
+@pytest.mark.long
 def test_events_and_wait(host, vm):
     guest = vm(startup="shutdown")
     guest.start()
@@ -445,6 +448,7 @@ def test_what_is_left_of_a_vm_that_is_off_is_told_and_removed(host, vm):
     guest.up()
 
 
+@pytest.mark.long
 def test_files_beside_an_image_stay(host, vm):
     """Whatever their names say: a disk is what the config names, and nothing else there is ours."""
     directory = host.directory()

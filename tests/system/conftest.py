@@ -81,7 +81,7 @@ def hvm(vm):  # noqa: F811 - the fixture above
     def make(**settings):
         words = {"kernel": "", "initrd": "", "cmdline": ""}
         chosen = {"hvm": "true", "memory": HVM_MIB, "acpi": "true", "apic": "true", "pae": "true", "display": "none"}
-        guest = vm(**words, **{**chosen, **settings})
+        guest = vm(**{**words, **chosen, **settings})
         for key in ("initrd", "cmdline"):
             guest.settings.pop(key)
         guest.write()

@@ -21,6 +21,7 @@ def anew(guest, first):
     return up(guest)
 
 
+@pytest.mark.long
 def test_an_nmi_arrives_and_a_reset_begins_anew(hvm, disk):
     guest = hvm(disk=f"{disk()}:file:hda:w:disk", boot="c")
     guest.start()

@@ -11,7 +11,7 @@ def free_mib():
     return int(re.search(r"free_memory\s*:\s*(\d+)", run("xl", "info").stdout)[1])
 
 
-@pytest.mark.parametrize("kind", ["pv", "hvm"])
+@pytest.mark.parametrize("kind", ["pv", pytest.param("hvm", marks=pytest.mark.long)])
 def test_of_two_guests_of_which_one_fits_one_runs(vm, hvm, kind):
     """Nobody looks at what is free before: each claims all of its memory in Xen, and the one that comes late gets none."""
     memory = free_mib() * 6 // 10
