@@ -54,7 +54,8 @@ DEVICE_KEYS: Final = (
         repeatable=True,
         published=True,
         help="A virtual network card. `id` is 0 to 31, by default the lowest free number, in the order of the lines; "
-        "`bridge` the host's bridge, by default the only one or that of the host's policy; `mac` the address, by default derived from the uuid; "
+        "`bridge` the host's bridge, by default the only one or that of the host's policy; `mac` the address, by "
+        "default derived from the uuid; "
         f"`model` (hvm) one of {', '.join(devices.NIC_MODELS)}; `backend-domid` can only be 0.",
         applied="a vif; with hvm an emulated card of QEMU too",
     ),

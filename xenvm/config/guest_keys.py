@@ -210,8 +210,8 @@ BUILD_KEYS: Final = (
         value=f"MiB, 1 to {_MAX_MEMORY_MIB}",
         default=REQUIRED,
         published=True,
-        help="The memory of the guest. A PV kernel is loaded unpacked: Debian's, of 58 MiB and from 16 MiB on, does not fit "
-        "into 64 MiB with any tool, and runs in 128.",
+        help="The memory of the guest. A PV kernel is loaded unpacked: Debian's, of 58 MiB and from 16 MiB on, does "
+        "not fit into 64 MiB with any tool, and runs in 128.",
         applied="`memory/target` in xenstore; the allocation of the builder",
     ),
     Key(

@@ -25,7 +25,9 @@ _DEVICE_MODEL: Final = "xenvm starts the QEMU of the host itself, for guests tha
 
 REFUSED: Final = (
     RefusedKey("notify", "notifications go to clients of the command socket", "listen with `xenvm-cmd UUID events`"),
-    RefusedKey("extra-local-watch", "the watcher of a VM watches for the end of domains alone", "use xenstore-watch(1)"),
+    RefusedKey(
+        "extra-local-watch", "the watcher of a VM watches for the end of domains alone", "use xenstore-watch(1)"
+    ),
     RefusedKey("extra-vm-watch", "the watcher of a VM watches for the end of domains alone", "use xenstore-watch(1)"),
     RefusedKey("extra-maxmem", "it never had an effect", "use `memory-max`"),
     RefusedKey("nested", "nested virtualisation is experimental in Xen, by its SUPPORT.md"),
@@ -43,8 +45,16 @@ REFUSED: Final = (
     RefusedKey("pci-script", "it never had an effect"),
     RefusedKey("passthrough-io", "ports belong to a PCI device, and `pci` is not acted on yet"),
     RefusedKey("passthrough-mmio", "memory ranges belong to a PCI device, and `pci` is not acted on yet"),
-    RefusedKey("vkbd", "xenvm gives a PV guest neither keyboard nor screen", "use its console, or an HVM guest with `display = vnc`"),
-    RefusedKey("vfb", "xenvm gives a PV guest neither keyboard nor screen", "use its console, or an HVM guest with `display = vnc`"),
+    RefusedKey(
+        "vkbd",
+        "xenvm gives a PV guest neither keyboard nor screen",
+        "use its console, or an HVM guest with `display = vnc`",
+    ),
+    RefusedKey(
+        "vfb",
+        "xenvm gives a PV guest neither keyboard nor screen",
+        "use its console, or an HVM guest with `display = vnc`",
+    ),
     RefusedKey("v4v", "v4v was a patch of XenClient's hypervisor"),
     RefusedKey("vtpm-instance", _VTPM),
     RefusedKey("vtpm-backend", _VTPM),
