@@ -145,3 +145,16 @@ def test_the_summary_names_every_exit_status_of_its_own():
     told = " ".join(xenvm.USAGE.split())
     for code in set(ExitCode) - {ExitCode.NO_MONITOR}:
         assert f" {int(code)} " in told.partition("Exit status:")[2], code
+
+
+def test_a_monitor_that_stands_still_is_not_waited_for_for_ever(run, monkeypatch, capfd):
+    monkeypatch.setattr(xenvm, "START_WAIT_S", 0.1)
+    there = []
+
+    def spawn(_role, inherited, *_words, new_session=False):
+        there.append(kept(inherited))
+        return 1
+
+    assert run(spawn) == ExitCode.TIMED_OUT
+    assert "has not said within" in capfd.readouterr().err
+    there[0].close()

@@ -11,7 +11,7 @@ import os
 import stat
 
 from xenvm import jsontext
-from xenvm.broker.mounts import BLOCK_DEVICES
+from xenvm.broker.mounts import BLOCK_DEVICES, text_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ def names_of(grant: DiskGrant, descriptor: int, *, handed: bool, shown: str, roo
     found.add(os.readlink(f"/proc/self/fd/{descriptor}"))  # noqa: PTH115 - pathlib costs 5 ms at each start
     status = os.fstat(descriptor)
     if stat.S_ISBLK(status.st_mode):
-        found.update(_mapped(_read(f"{BLOCK_DEVICES}/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}/dm/name")))
+        found.update(
+            _mapped(text_of(f"{BLOCK_DEVICES}/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}/dm/name", 256))
+        )
     found.discard(shown.partition(":")[2])
     names = tuple(sorted(name for name in found if len(name) <= NAME_LIMIT and _is_text(name)))
     return names if size(names) <= room_bytes else ()
@@ -58,14 +60,3 @@ def _is_text(name: str) -> bool:
         return bool(name.encode()) and "\0" not in name
     except UnicodeEncodeError:
         return False
-
-
-def _read(path: str) -> str:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return ""
-    try:
-        return os.read(descriptor, 256).decode("ascii", "replace").rstrip("\n")
-    finally:
-        os.close(descriptor)

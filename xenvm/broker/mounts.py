@@ -36,21 +36,21 @@ def _over(number: str) -> set[str]:
     waiting = [number]
     whole = f"{BLOCK_DEVICES}/{number}"
     if os.path.exists(f"{whole}/partition"):  # noqa: PTH110 - pathlib costs 5 ms
-        found.add(_text(f"{os.path.realpath(whole)}/../dev"))
+        found.add(text_of(f"{os.path.realpath(whole)}/../dev"))
     while waiting:
         number = waiting.pop()
         if number and number not in found:
             found.add(number)
             place = f"{BLOCK_DEVICES}/{number}"
-            waiting += [_text(f"{place}/holders/{name}/dev") for name in _names(f"{place}/holders")]
+            waiting += [text_of(f"{place}/holders/{name}/dev") for name in _names(f"{place}/holders")]
             parts = [name for name in _names(place) if os.path.exists(f"{place}/{name}/partition")]  # noqa: PTH110
-            waiting += [_text(f"{place}/{name}/dev") for name in parts]
+            waiting += [text_of(f"{place}/{name}/dev") for name in parts]
     return found
 
 
 def _writable() -> Iterator[tuple[str, str]]:
     """Return device number and place of each file system that is mounted read-write, proc(5)."""
-    for line in _text(MOUNTS, MOUNTS_LIMIT_BYTES).split("\n"):
+    for line in text_of(MOUNTS, MOUNTS_LIMIT_BYTES).split("\n"):
         words, _, rest = line.partition(" - ")
         fields, (kind, source, options) = words.split(" "), [*rest.split(" "), "", "", ""][:3]
         if len(fields) > 4 and "rw" in options.split(","):
@@ -74,7 +74,7 @@ def _names(path: str) -> list[str]:
         return []
 
 
-def _text(path: str, limit_bytes: int = 64) -> str:
+def text_of(path: str, limit_bytes: int = 64) -> str:
     """Return what is in a file of the kernel, "" when it cannot be read."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

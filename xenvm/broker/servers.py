@@ -63,10 +63,9 @@ def find_models(uuid: str, domid: int, uid: int) -> list[tuple[str, int]]:
     marks = (b"\0-xen-domid\0%d\0" % domid, b"\0-uuid\0%s\0" % uuid.encode("ascii"))
     found = []
     for name in os.listdir("/proc"):  # noqa: PTH208 - pathlib costs 5 ms at each start
-        for owner in (uid, 0) if name.isdigit() else ():
-            text = server_text(int(name), owner)
-            if text and all(mark in command_line(int(name)) for mark in marks):
-                found.append((text, owner))
+        said = command_line(int(name)) if name.isdigit() else b""
+        if all(mark in said for mark in marks):
+            found += [(text, owner) for owner in (uid, 0) if (text := server_text(int(name), owner))]
     return found
 
 

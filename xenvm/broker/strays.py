@@ -14,6 +14,7 @@ from xenvm.boundary.place import HERE
 from xenvm.boundary.privileges import Role
 from xenvm.boundary.workers import Release
 from xenvm.broker.children import Child
+from xenvm.broker.mounts import text_of
 from xenvm.broker.servers import command_line, end_server, server_text, server_uid
 from xenvm.broker.work import ask_once
 from xenvm.errors import XenvmError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from xenvm.broker.book import Book
 
 RELEASE_WAIT_S: Final = 30.0
+LINE_BYTES: Final = 256
 BLOCK_DEVICES: Final = f"{HERE.sysfs}/block"
 
 
@@ -55,9 +57,9 @@ def find(uuid: str, used: Collection[int], servers: Collection[str]) -> Strays:
         return Strays((), (), ())
     nbds, mappings = [], []
     for name in sorted(os.listdir(BLOCK_DEVICES)):  # noqa: PTH208 - pathlib costs 5 ms at each start
-        if name.startswith("nbd") and _unused(_line(f"{BLOCK_DEVICES}/{name}/backend"), uuid, used):
+        if name.startswith("nbd") and _unused(text_of(f"{BLOCK_DEVICES}/{name}/backend", LINE_BYTES), uuid, used):
             nbds.append(int(name.removeprefix("nbd")))
-        mapping = _line(f"{BLOCK_DEVICES}/{name}/dm/name") if name.startswith("dm-") else ""
+        mapping = text_of(f"{BLOCK_DEVICES}/{name}/dm/name", LINE_BYTES) if name.startswith("dm-") else ""
         if _unused(mapping, uuid, used):
             mappings.append(mapping)
     return Strays(tuple(text for text in _servers(uuid) if text not in servers), tuple(nbds), tuple(mappings))
@@ -96,16 +98,3 @@ def _servers(uuid: str) -> list[str]:
         if text and mark in command_line(int(name)):
             found.append(text)
     return sorted(found)
-
-
-def _line(path: str) -> str:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return ""
-    try:
-        return os.read(descriptor, 256).decode("ascii", "replace").strip()
-    except OSError:
-        return ""
-    finally:
-        os.close(descriptor)

@@ -34,6 +34,7 @@ stays, for a service manager. Exit status: 0 done, 1 failed, 2 usage, 3 the moni
 domain is in the way, 6 config refused, 7 timed out, 8 permission refused, 9 the VM has a monitor already, 130
 interrupted. FILE is described in xenvm.cfg(5); xenvm-cmd(1) commands the monitor.
 """
+START_WAIT_S: Final = 86400.0  # a restore of a large guest has hours; a monitor that stands still says nothing at all
 END_WAIT_S: Final = 10.0  # for a monitor that could not start
 PARSE_WAIT_S: Final = 30.0
 STATUS, CONFIG, HOST_POLICY = 3, 4, 5
@@ -115,7 +116,7 @@ def _start(path: str, config: int, place: Place, *, foreground: bool) -> int:
 
 
 def _show_outcome(ours: socket.socket, place: Place) -> int:
-    """Wait until the monitor says how its start went, or has ended: each of its steps has a deadline in the broker."""
+    """Wait until the monitor says how its start went, or has ended; its steps have deadlines of their own."""
     # Not above, so that the broker starts while this process imports.
     from xenvm.boundary.frames import Channel  # noqa: PLC0415
     from xenvm.boundary.messages import Outcome  # noqa: PLC0415
@@ -124,7 +125,11 @@ def _show_outcome(ours: socket.socket, place: Place) -> int:
     channel = Channel(ours)
     poll = select.poll()
     poll.register(ours, select.POLLIN)
-    poll.poll()
+    if not poll.poll(START_WAIT_S * 1000):
+        raise TimeoutExpiredError(
+            f"the monitor has not said within {START_WAIT_S / 3600:g} hours how its start went",
+            hint=f"does it stand still? `xenvm-cmd list` shows it, its log is in {place.logs}",
+        )
     received = channel.receive_now()
     if received is None:
         raise XenvmError("the monitor ended without a word", hint=f"its log is in {place.logs}")
