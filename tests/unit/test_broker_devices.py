@@ -3,16 +3,15 @@
 
 import errno
 import os
-import signal
 import socket
-import stat
 
-import broker_bench
+import devices_bench
 import pytest
 from broker_bench import FAULT, RUNNING
 from children import FakeChild
+from devices_bench import ADDED, CARD, DISK, MORE, NIC, SEEN, devices_of, plug, said, tell, workers
 
-from xenvm.boundary.devices import DeviceState, DiskGrant, Kind, NicGrant, Vif
+from xenvm.boundary.devices import Kind, Vif
 from xenvm.boundary.messages import (
     NO_DOMAIN,
     Created,
@@ -21,7 +20,6 @@ from xenvm.boundary.messages import (
     Fault,
     Hello,
     HostPolicy,
-    Init,
     Op,
     Phase,
     Plug,
@@ -31,75 +29,18 @@ from xenvm.boundary.messages import (
 )
 from xenvm.boundary.privileges import Role
 from xenvm.boundary.workers import Decrypt, Join
-from xenvm.broker import book, disks, findings, plugging, strays, tidying, uevents
+from xenvm.broker import findings, strays, uevents
 from xenvm.broker.phases import PERMITS, VmPhase
-from xenvm.broker.plugging import Wanted
 from xenvm.broker.work import POSTPONED_LIMIT
 from xenvm.errors import BusyError, ExitCode
 from xenvm.helpers import devices
 
-DISK = DiskGrant(51712, "xvda", "phy", "/dev/vg/a", False, False, False, "", 0, "")
-MORE = DiskGrant(51728, "xvdb", "phy", "/home/me/b", False, False, False, "", 0, "")
-NIC = NicGrant(0, "br0", "00:16:3e:00:00:01")
-SEEN = DeviceState(Kind.VBD, 51712, "xvda", 4, 4, False, "phy:/dev/vg/a", "", "")
-ADDED = DeviceState(Kind.VBD, 51728, "xvdb", 4, 4, False, "phy:/home/me/b", "", "4711 99")
-CARD = DeviceState(Kind.VIF, 0, "0", 4, 4, False, NIC.mac, "br0", "")
+# A domain with its devices
 
 
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
-    """Disks are block devices of no driver; `opened` are the names of those that were opened, in order."""
-    block = tmp_path / "block"
-    os.mknod(block, 0o600 | stat.S_IFBLK, os.makedev(7, 63))
-    ended = []
-    for made in broker_bench.bench(monkeypatch, tmp_path):
-        made.opened, made.refuse, made.ended, made.block = [], {}, ended, block
-
-        def open_disk(grant, handed=-1, made=made):
-            made.opened.append(grant.name)
-            if handed >= 0:
-                os.close(handed)
-            if grant.name in made.refuse:
-                raise made.refuse[grant.name]
-            return os.open(block, os.O_PATH)
-
-        monkeypatch.setattr(disks, "open_disk", open_disk)
-        for module in (plugging, book):
-            monkeypatch.setattr(module, "end_server", lambda text: ended.append(text) if text else None)
-        yield made
-        made.broker._book.domain_gone(for_good=True)  # else the end of the process does it
-
-
-def devices_of(bench, *, disks=(), nics=()):
-    """Give the VM devices by its config."""
-    bench.grants = bench.broker._grants = bench.grants.but(disks=disks, nics=nics)
-    return bench
-
-
-def workers(role):
-    return [child for child in FakeChild.made if child.role is role and child.pidfd >= 0]
-
-
-def said(child):
-    message, descriptors = child.there.receive(deadline_s=5)
-    for descriptor in descriptors:
-        os.close(descriptor)
-    return message
-
-
-def tell(bench, child, message, descriptors=()):
-    child.there.send(message, descriptors)
-    bench.turn()
-
-
-def plug(bench, handed=True, sequence=9, **what):
-    """Ask for one more disk, as a supervisor does; return the job of the worker."""
-    descriptor = os.open(bench.block, os.O_PATH)
-    bench.send(Plug(sequence, (MORE.but(**what),), ()), [descriptor] * handed)
-    os.close(descriptor)
-
-
-# A domain with its devices
+    yield from devices_bench.bench(monkeypatch, tmp_path)
 
 
 def test_a_domain_is_built_with_its_devices(bench):
@@ -457,209 +398,6 @@ def test_an_error_of_the_kernel_over_a_device_fails_the_request_and_not_the_moni
     bench.answer(Created(7, ()))
     refused, _ = bench.job()
     assert refused.fault.message == "devices: Stale file handle"
-
-
-# A helper that dies over what must not be left half done
-
-
-def test_a_destroy_whose_builder_dies_is_done_all_the_same(bench):
-    bench.known(RUNNING)
-    bench.ask(Op.DESTROY, sequence=5)
-    bench.builder.die()
-    bench.turn()
-    assert bench.silent()
-    bench.look(Done(0, NO_DOMAIN, ""))
-    answer = bench.heard()
-    assert (type(answer), answer.sequence, answer.domain) == (Done, 5, NO_DOMAIN)
-    assert bench.broker._phase is VmPhase.ABSENT
-
-
-def test_a_supervisor_that_dies_over_a_change_of_devices_ends_it(bench):
-    """Nobody waits for it any more, and the next supervisor could say nothing of the VM as long as a guest takes."""
-    bench.known(RUNNING)
-    bench.send(Unplug(9, Kind.VBD, 51728, False, False, 30))
-    worker = bench.builder
-    bench.supervisor.there.close()
-    bench.turn()
-    assert worker.killed
-    assert bench.job()[0].op is Op.FIND
-    bench.answer(Done(0, RUNNING, ""))
-    assert isinstance(bench.heard(), Init)
-    assert bench.heard().domain == RUNNING
-
-
-def test_one_that_dies_before_it_has_begun_has_a_successor_once(bench):
-    """A suspend whose image has its name would else leave a domain that nobody wakes and nobody removes."""
-    bench.known(RUNNING)
-    bench.ask(Op.DESTROY, sequence=4)
-    bench.builder.die()
-    bench.turn()
-    bench.look(Done(0, RUNNING, ""))
-    assert bench.job()[0].op is Op.DESTROY
-    bench.answer(Done(0, NO_DOMAIN, ""))
-    answer = bench.heard()
-    assert (type(answer), answer.sequence) == (Done, 4)
-    bench.known(RUNNING)
-    bench.ask(Op.DESTROY, sequence=5)
-    for _ in range(2):
-        bench.builder.die()
-        bench.turn()
-        bench.look(Done(0, RUNNING, ""))
-    answer = bench.heard()
-    assert isinstance(answer, Failed)
-    assert answer.domain.domid == RUNNING.domid
-    assert bench.broker._phase is VmPhase.BUILT
-
-
-def test_a_build_that_failed_and_could_not_remove_what_it_made_is_looked_at_again(bench):
-    """Its domain may even be whole, when xenstored went away at the last moment: then the build has succeeded."""
-    bench.known(NO_DOMAIN)
-    bench.ask(Op.BUILD, sequence=5)
-    bench.job()
-    bench.answer(Failed(0, Fault(1, "xenstored is gone", ""), NO_DOMAIN.but(phase=Phase.BUILDING)))
-    bench.look(Done(0, RUNNING, ""))
-    answer = bench.heard()
-    assert (type(answer), answer.sequence, answer.domain) == (Done, 5, RUNNING)
-    assert bench.broker._phase is VmPhase.BUILT
-
-
-def test_a_reboot_whose_builder_dies_is_built_once_more_and_not_twice(bench):
-    """A guest's own reboot has nobody who would ask for it again."""
-    bench.known(RUNNING)
-    bench.ask(Op.REBUILD, sequence=5)
-    for op in (Op.REBUILD, Op.BUILD):
-        assert bench.job()[0].op is op
-        assert bench.silent()
-        bench.builder.die()
-        bench.turn()
-        bench.look(Done(0, NO_DOMAIN, ""))
-    answer = bench.heard()
-    assert (type(answer), answer.sequence) == (Failed, 5)
-    assert bench.broker._work is None
-
-
-def test_while_it_is_looked_what_a_failed_job_has_left_the_monitor_serves_its_supervisor(bench):
-    """What it cannot do meanwhile it refuses by the name of what was asked for; a destroy takes the place of the look."""
-    bench.known(RUNNING)
-    bench.ask(Op.REBUILD, sequence=5)
-    bench.builder.die()
-    bench.turn()
-    looking = bench.builder
-    bench.ask(Op.CONSOLE_LOG, sequence=6)
-    assert "console" in bench.refused()
-    bench.ask(Op.FIND, sequence=7)
-    assert bench.refused(ExitCode.BUSY) == "the broker is busy with rebuild"
-    bench.ask(Op.DESTROY, sequence=8)
-    assert looking.killed
-    assert bench.refused() == "rebuild: ended by destroy"
-    assert bench.job()[0].op is Op.DESTROY
-    bench.answer(Done(0, NO_DOMAIN, ""))
-    assert bench.heard().sequence == 8
-
-
-def test_a_supervisor_that_ends_over_such_a_look_leaves_no_answer_to_the_next(bench):
-    """But what was asked for is done once more all the same."""
-    bench.known(RUNNING)
-    bench.ask(Op.REBUILD, sequence=5)
-    bench.builder.die()
-    bench.turn()
-    bench.supervisor.there.close()
-    bench.turn()
-    assert isinstance(bench.heard(), Init)
-    bench.look(Done(0, NO_DOMAIN, ""))
-    job, _ = bench.job()
-    assert job.op is Op.BUILD
-    bench.answer(Done(0, RUNNING.but(domid=8), ""))
-    answer = bench.heard()
-    assert (answer.sequence, answer.domain.domid) == (0, 8)
-
-
-def test_what_was_added_survives_a_reboot_that_is_done_once_more(bench):
-    bench.known(RUNNING)
-    bench.broker._book.added(Wanted((), (Vif(3, "br0", "00:16:3e:00:00:09"),)))
-    bench.ask(Op.REBUILD, sequence=5)
-    bench.builder.die()
-    bench.turn()
-    bench.look(Done(0, NO_DOMAIN, ""))
-    job, _ = bench.job()
-    assert job.op is Op.BUILD
-    assert [vif.id for vif in job.vifs] == [3]
-    bench.builder.die()
-    bench.turn()
-    bench.look(Done(0, NO_DOMAIN, ""))
-    assert bench.broker._book.wanted(bench.grants).vifs == ()
-
-
-@pytest.mark.parametrize("looking", [False, True])
-def test_a_monitor_that_is_ended_over_a_build_has_what_is_half_there_removed(bench, monkeypatch, looking):
-    asked = []
-
-    def ask(child, message, deadline_s, models):
-        child.end()
-        asked.append((message.op, message.domid, deadline_s, models))
-        return Done(0, NO_DOMAIN, "")
-
-    monkeypatch.setattr(tidying, "ask_once", ask)
-    bench.known(NO_DOMAIN)
-    bench.ask(Op.BUILD, sequence=5)
-    bench.job()
-    if looking:
-        bench.builder.die()
-        bench.turn()
-    working = bench.builder
-    os.write(bench.signals, bytes([signal.SIGTERM]))
-    bench.turn()
-    bench.broker._end_children()
-    assert working.killed
-    assert asked == [(Op.FIND, -1, tidying.CLEAR_UP_S, bench.broker._models)]
-    assert bench.acts.of("result")[-1] == {"op": "find", "result": "Done"}
-
-
-# A kernel that cannot be unpacked
-
-
-def unpackers(bench):
-    return [child for child in FakeChild.made if child.role is Role.UNPACKER]
-
-
-def refuse_kernel(bench):
-    """Let every unpacker fail that is asked."""
-    for number in range(3):
-        if len(unpackers(bench)) > number:
-            tell(bench, unpackers(bench)[number], Failed(0, Fault(1, "the image is damaged", ""), NO_DOMAIN))
-
-
-def test_a_damaged_kernel_costs_a_running_domain_nothing(bench):
-    """A forced restart: nobody has touched the domain, whose disks go on."""
-    devices_of(bench, disks=(DISK,)).known(RUNNING)
-    served = SEEN.but(server="4711 99")
-    bench.broker._book.seen((served,))
-    bench.kernel.write_bytes(b"not an ELF file")
-    bench.ask(Op.REBUILD, 3)
-    refuse_kernel(bench)
-    answer = bench.heard()
-    assert isinstance(answer, Failed)
-    assert "kernel: the image is damaged" in answer.fault.message
-    assert answer.domain.phase is Phase.BUILT
-    assert (bench.broker._phase, bench.broker._domid) == (VmPhase.BUILT, RUNNING.domid)
-    assert bench.ended == []
-    assert bench.broker._book.servers == {"4711 99"}
-
-
-@pytest.mark.parametrize("found", [True, False])
-def test_a_domain_is_adopted_also_when_its_kernel_is_damaged(bench, found):
-    """Its image servers live on; without a domain the start fails of the kernel."""
-    devices_of(bench, disks=(DISK,))
-    served = SEEN.but(server="4711 99")
-    answer = Done(0, RUNNING if found else NO_DOMAIN, "", (served,) if found else ())
-    bench.kernel.write_bytes(b"not an ELF file")
-    bench.broker._begin(0, Op.START, 60)
-    refuse_kernel(bench)
-    bench.look(answer)
-    told = bench.heard()
-    assert type(told) is (Done if found else Failed)
-    assert bench.ended == []
-    assert bench.broker._phase is (VmPhase.BUILT if found else VmPhase.ABSENT)
 
 
 # What the kernel says
