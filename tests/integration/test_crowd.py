@@ -117,8 +117,8 @@ def test_whoever_looks_may_die_or_stand_still_over_it(host, many, how):
     if how == "stopped":
         assert is_locked(host)  # it was not waited for
         os.kill(broker, signal.SIGCONT)
-        until(lambda: not is_locked(host), "it has ended its look")
-    assert not is_locked(host) or how == "stopped"
+    # others may look just now, at what the reboot has changed; what nobody would ever free stays locked
+    until(lambda: not is_locked(host), "no look is under way for ever")
     assert all(guest.state == "running" for guest in others)
     end(others[1], REBOOT)
     until(lambda: others[1].boots() == 2, "and all goes on")

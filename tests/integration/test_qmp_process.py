@@ -54,8 +54,9 @@ class Model:
             self.ours.sendall(json.dumps(answer | {"id": asked["id"]}).encode() + b"\n")
 
     def close(self):
-        self.ours.close()
+        self.ours.shutdown(socket.SHUT_RDWR)  # it ends what waits in a read, which a close does not
         self._thread.join(10)
+        self.ours.close()
 
 
 @pytest.fixture
