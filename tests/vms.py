@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -67,16 +68,20 @@ def json_of(done):
 
 
 def processes(mark=""):
-    """The processes of all monitors whose command lines have the word `mark`: pid -> words of the command line."""
-    found = {}
+    """The processes of all monitors whose command lines have the word `mark`: pid -> words of the command line.
+
+    The oldest come first: of several builders that is the one with a job, since others wait for the next one.
+    """
+    found, begun = {}, {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 words = [word.decode() for word in (entry / "cmdline").read_bytes().split(b"\0")]
                 ours = any(word.endswith("xenvm/_start.py") for word in words) and "simulator" not in words
                 if ours and (not mark or mark in words):
+                    begun[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[19])  # proc(5)
                     found[int(entry.name)] = words
-    return found
+    return {pid: found[pid] for pid in sorted(found, key=begun.__getitem__)}
 
 
 def domains():
@@ -156,7 +161,11 @@ class XenHost:
         info = xen.ffi.new("xc_domaininfo_t *")
         assert xen.lib.xc_domain_getinfolist(xen.Hypervisor().handle, domid, 1, info) == 1
         assert info.domain == domid
-        return info.max_pages >> 8
+        # `max_pages` behind `tot_pages` (xen/domctl.h), which xenvm itself does not read
+        (max_pages,) = struct.unpack_from(
+            "<Q", xen.ffi.buffer(info), xen.ffi.offsetof("xc_domaininfo_t", "tot_pages") + 8
+        )
+        return max_pages >> 8
 
     def cpus(self):
         """Return how many CPUs there are."""
@@ -466,14 +475,14 @@ class Vm:
         return int(self.lock.read_text())
 
     def pids(self):
-        """role -> pid of this monitor's processes."""
+        """role -> pid of this monitor's processes; of several with one role, the oldest."""
         broker = self.broker()
         found = {"broker": broker}
         for pid, words in self.host.processes().items():
             with contextlib.suppress(OSError, IndexError):
                 stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
                 if int(stat[1]) == broker and words[5] != "broker":  # a child that is just being made looks like it
-                    found[words[5]] = pid
+                    found.setdefault(words[5], pid)
         return found
 
     def sleeps(self, seconds):

@@ -87,6 +87,8 @@ class Xenstored:
         elif kind == RM:
             del self.nodes[path]
         elif kind == DIRECTORY:
+            if path not in self.nodes:
+                return ERROR, b"ENOENT\0"
             return kind, b"".join(node[len(path) + 1 :] + b"\0" for node in self.nodes if node.startswith(path + b"/"))
         return kind, b"OK\0"
 
@@ -308,6 +310,7 @@ def test_a_rollback_that_is_refused_does_not_hide_why_it_came_to_that(peers):
 def test_a_parent_is_removed_only_while_it_is_empty(peers):
     store, xenstored = peers
     xenstored.nodes = {b"/": b"", b"/a": b"", b"/a/b": b""}
+    look = (DIRECTORY, b"/a\0")
     store.remove_if_empty("/a")
     assert b"/a" in xenstored.nodes
     store.remove("/a/b")
@@ -316,7 +319,9 @@ def test_a_parent_is_removed_only_while_it_is_empty(peers):
     assert xenstored.nodes == {b"/": b""}
     # the parent first: else C xenstored could find that it has no such child
     steps = [(kind, body) for kind, _, body in xenstored.requests[before:]]
-    assert steps[1:4] == [(READ, b"/\0"), (DIRECTORY, b"/a\0"), (RM, b"/a\0")]
+    assert [steps[0], *steps[2:5]] == [look, (READ, b"/\0"), look, (RM, b"/a\0")]
+    store.remove_if_empty("/a")
+    assert [(kind, body) for kind, _, body in xenstored.requests[before + len(steps) :]] == [look]
 
 
 def test_one_path_that_cannot_be_removed_does_not_keep_the_others(peers):

@@ -385,18 +385,19 @@ def remove(store: Store, uuid: str, domid: int, wanted: Iterable[Place]) -> None
 
 
 def _remove_empty(store: Store, uuid: str, domid: int) -> None:
-    """Remove the nodes above devices that have none below them any more."""
-    for kind in Kind:
-        for parent in (
-            f"/local/domain/0/error/backend/{kind}/{domid}",
-            f"/local/domain/0/error/backend/{kind}",
-            f"/local/domain/{domid}/device/{kind}",
-            f"{RECORDS}/{uuid}/{kind}",
-            f"/local/domain/0/backend/{kind}/{domid}",
-            f"/local/domain/0/backend/{kind}",
-        ):
-            store.remove_if_empty(parent)
-    for parent in ("/local/domain/0/error/backend", "/local/domain/0/error"):
+    """Remove the nodes above devices that have none below them any more; what is not there costs no request."""
+    backends, errors = "/local/domain/0/backend", "/local/domain/0/error/backend"
+    for root, below in (
+        (errors, f"/{domid}"),
+        (f"/local/domain/{domid}/device", ""),
+        (f"{RECORDS}/{uuid}", ""),
+        (backends, f"/{domid}"),
+    ):
+        names = store.names(root)
+        for kind in (kind for kind in Kind if kind in names):
+            for parent in dict.fromkeys((f"{root}/{kind}{below}", f"{root}/{kind}")):
+                store.remove_if_empty(parent)
+    for parent in (errors, errors.rpartition("/")[0]):
         store.remove_if_empty(parent)
 
 

@@ -202,20 +202,27 @@ class Store:
     def remove_if_empty(self, path: str) -> None:
         """Remove a node that has no children; safe against others who add one just now, or remove it too.
 
+        One look comes before the transaction, which is four requests: who removes the last child looks after that.
+
         C xenstored takes each node into a transaction when it is first read: should the parent come after the node, and
         somebody have removed that in between, it finds no such child, takes that for damage and answers EIO.
         """
 
         def steps() -> None:
-            try:
+            with suppress(*_PYXS_ERRORS):
                 self._client.read((path.rpartition("/")[0] or "/").encode("ascii"))
-                children = self._client.list(path.encode("ascii"))
-            except _PYXS_ERRORS:  # gone already, or so full that its list does not fit into one answer
-                return
-            if not children:
+            if self._is_empty(path):
                 self.remove(path)
 
-        self.transaction(steps)
+        if self._is_empty(path):
+            self.transaction(steps)
+
+    def _is_empty(self, path: str) -> bool:
+        """Tell whether a node is there and has no children."""
+        try:
+            return not self._client.list(path.encode("ascii"))
+        except _PYXS_ERRORS:  # gone already, or so full that its list does not fit into one answer
+            return False
 
     def permissions(self, path: str, *entries: str) -> None:
         """Set owner and readers, as in xs_set_permissions: `n0`, `r7`, `b7`; the first entry is the owner."""
