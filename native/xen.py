@@ -195,7 +195,6 @@ ffibuilder.cdef(
     void xenvm_tell_frames(void (*hook)(unsigned long done, unsigned long total));
     void xenvm_ask_rounds(struct save_callbacks *callbacks, int (*hook)(unsigned int, unsigned long, long));
     void xenvm_stop_tracking(xc_interface *xch, uint32_t domid);
-    int xenvm_punch(int fd, long long offset, long long length);
     int xenvm_hvm_memory_map(xc_interface *xch, uint32_t domid, struct xc_dom_image *dom);
     int xenvm_hvm_info(xc_interface *xch, uint32_t domid, unsigned int vcpus, bool apic);
     """
@@ -279,12 +278,6 @@ ffibuilder.set_source(
     static void xenvm_stop_tracking(xc_interface *xch, uint32_t domid)
     {
         (void)xc_logdirty_control(xch, domid, XEN_DOMCTL_SHADOW_OP_OFF, NULL, 0, 0, NULL);
-    }
-
-    /* Make a hole in a file; 0, or a negated errno. */
-    static int xenvm_punch(int fd, long long offset, long long length)
-    {
-        return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length) ? -errno : 0;
     }
 
     /* The guest's memory map: RAM from 1 MiB on; what is below hvmloader describes. The builder copies it later. */

@@ -8,7 +8,7 @@ import tempfile
 import pytest
 from saveimages import config, image, libxc, pages, parts
 
-from xenvm.boundary.images import Image, Inspect, Pack, Packed, Packing
+from xenvm.boundary.images import Image, Inspect, Room, Write, Writing, Written
 from xenvm.boundary.messages import Failed, Hello
 from xenvm.boundary.privileges import Role
 from xenvm.broker.children import Child
@@ -74,26 +74,29 @@ def test_a_builder_that_goes_away_ends_the_worker(worker):
     assert os.WIFEXITED(worker.status)
 
 
-def test_an_image_is_packed_and_comes_back(users):
-    many = {f"more{number}": pages(list(range(1024)), [PAGE, bytes(4096)] * 512) for number in range(8)}
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_an_image_is_written_and_comes_back(users, compression):
+    many = {f"more{number}": pages(list(range(1024)), [PAGE] * 512 + [bytes(4096)] * 512) for number in range(8)}
     made = parts()
     stream = libxc({name: made[name] for name in list(made)[:6]} | many | {name: made[name] for name in list(made)[6:]})
     text = json.dumps(config()).encode()[:-1] + b"," + saved.UNSEALED + b"}"
     with tempfile.TemporaryFile() as file:
         readable, writable = os.pipe()
-        packer = Child(Role.STREAM, 2, {}, "test")
-        packer.channel.receive(deadline_s=WAIT_S)
-        packer.channel.send(Pack(131072), (file.fileno(), readable))
+        writer = Child(Role.STREAM, 2, {}, "test")
+        writer.channel.receive(deadline_s=WAIT_S)
+        writer.channel.send(Write(131072, compression), (file.fileno(), readable))
         os.close(readable)
-        assert packer.channel.receive(deadline_s=WAIT_S)[0] == Packing()
+        writer.channel.send(Room(131072))
+        assert writer.channel.receive(deadline_s=WAIT_S)[0] == Writing()
         with os.fdopen(writable, "wb") as pipe:
             pipe.write(image(stream, text=text))
-        assert packer.channel.receive(deadline_s=WAIT_S)[0] == Packed(os.fstat(file.fileno()).st_size)
-        packer.end(grace_ms=10000)
-        assert packer.how() == "ended with status 0"
+        assert writer.channel.receive(deadline_s=WAIT_S)[0] == Written(os.fstat(file.fileno()).st_size)
+        writer.end(grace_ms=10000)
+        assert writer.how() == "ended with status 0"
         file.seek(0)
         content = file.read()
-    assert len(content) < 0.1 * len(stream)
+        used = os.fstat(file.fileno()).st_blocks * 512
+    assert used < {"none": 0.55, "zstd": 0.1}[compression] * len(stream)
     reader = Child(Role.STREAM, 2, {}, "test")
     reader.channel.receive(deadline_s=WAIT_S)
     told, readable = inspect(reader, content)
@@ -102,10 +105,12 @@ def test_an_image_is_packed_and_comes_back(users):
     reader.end(grace_ms=10000)
 
 
-def test_no_room_is_said_before_anything_comes_through_the_pipe(worker):
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_no_room_is_said_before_anything_comes_through_the_pipe(worker, compression):
     readable, writable = os.pipe()
     with tempfile.TemporaryFile() as file:
-        worker.channel.send(Pack(2**42), (file.fileno(), readable))
+        worker.channel.send(Write(2**42, compression), (file.fileno(), readable))
+        worker.channel.send(Room(2**42))
         told = worker.channel.receive(deadline_s=WAIT_S)[0]
         assert os.fstat(file.fileno()).st_size == 0
     assert isinstance(told, Failed)

@@ -11,7 +11,7 @@ import pytest
 from broker_bench import FAULT, RUNNING, UUID
 from children import FakeChild
 
-from xenvm.boundary.images import Image, Inspect, Pack, Packed, Packing, Progress, Restore, Save
+from xenvm.boundary.images import Image, Inspect, Progress, Restore, Room, Save, Write, Writing, Written
 from xenvm.boundary.messages import NO_DOMAIN, DomainState, Done, Failed, HostPolicy, Init, Op
 from xenvm.boundary.privileges import Role
 from xenvm.broker import core, findings, images, work
@@ -40,10 +40,16 @@ def workers(role):
 def save(bench, file, *, go_on=False):
     bench.known(RUNNING)
     bench.send(Save(5, go_on, 30), [file.fileno()])
-    message, descriptors = bench.builder.there.receive(deadline_s=5)
-    (image,) = descriptors
+    return written(bench)
+
+
+def written(bench):
+    """Let the image be written; return the builder's job."""
+    message, (entrance,) = bench.builder.there.receive(deadline_s=5)
+    _, (image, exit_end) = workers(Role.STREAM)[-1].there.receive(deadline_s=5)
     os.write(image, b"memory")
-    os.close(image)
+    for descriptor in (entrance, image, exit_end):
+        os.close(descriptor)
     return message
 
 
@@ -58,7 +64,7 @@ def restore(bench, file, *, paused=False, foreign=False):
 
 
 @pytest.mark.parametrize(("go_on", "op"), [(False, Op.SAVE), (True, Op.CHECKPOINT)])
-def test_a_save_gets_the_file_and_time_for_the_memory(bench, file, go_on, op):
+def test_a_save_gets_time_for_the_memory(bench, file, go_on, op):
     job = save(bench, file, go_on=go_on)
     assert (job.op, job.timeout_s, job.domid) == (op, 30, 7)
     assert bench.broker._work.deadline_s == PERMITS[op].deadline_s + 30 + MODEL_S + 64 * IMAGE_S_PER_MIB
@@ -121,28 +127,31 @@ def test_a_save_that_takes_too_long(bench, file, monkeypatch):
     assert "save: no answer within" in bench.refused(ExitCode.TIMED_OUT)
 
 
-def packed_save(bench, file):
-    """A save whose image is to be compressed; return the worker, the builder's end of the pipe, and the worker's."""
-    bench.broker._grants = bench.grants.but(image_compression="zstd")
+def begun(bench, file, compression="none"):
+    """A save that has begun; return the worker, the builder's end of the pipe, and the worker's."""
+    bench.broker._grants = bench.grants.but(image_compression=compression)
     bench.known(RUNNING)
     bench.send(Save(5, False, 30), [file.fileno()])
     (worker,) = workers(Role.STREAM)
     message, (image, exit_end) = worker.there.receive(deadline_s=5)
-    assert message == Pack(65536)
+    assert message == Write(65536, compression)
     assert os.path.sameopenfile(image, file.fileno())
     os.close(image)
     _, (entrance,) = bench.builder.there.receive(deadline_s=5)
     return worker, entrance, exit_end
 
 
-def test_a_save_that_is_compressed_has_a_builder_with_a_pipe_and_a_worker_with_the_image(bench, file):
-    worker, entrance, exit_end = packed_save(bench, file)
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_a_save_has_a_builder_with_a_pipe_and_a_worker_with_the_image(bench, file, compression):
+    worker, entrance, exit_end = begun(bench, file, compression)
+    bench.answer(Room(4096))
+    assert worker.there.receive(deadline_s=5)[0] == Room(4096)
     os.write(entrance, b"memory")
     os.close(entrance)
     assert os.read(exit_end, 100) == b"memory"
     assert os.read(exit_end, 100) == b""  # nobody else holds the other end
     os.close(exit_end)
-    for said in (Packing(), Packed(6)):
+    for said in (Writing(), Written(6)):
         worker.there.send(said)
         bench.turn()
         assert bench.builder.there.receive(deadline_s=5)[0] == said
@@ -153,27 +162,27 @@ def test_a_save_that_is_compressed_has_a_builder_with_a_pipe_and_a_worker_with_t
 
 
 @pytest.mark.parametrize("when", [0, 1])
-def test_a_packer_that_dies_is_said_to_the_builder_and_to_the_user(bench, file, when):
-    worker, *ends = packed_save(bench, file)
+def test_a_writer_that_dies_is_said_to_the_builder_and_to_the_user(bench, file, when):
+    worker, *ends = begun(bench, file)
     for descriptor in ends:
         os.close(descriptor)
     if when:
-        worker.there.send(Packing())
+        worker.there.send(Writing())
         bench.turn()
-        assert bench.builder.there.receive(deadline_s=5)[0] == Packing()
+        assert bench.builder.there.receive(deadline_s=5)[0] == Writing()
     worker.die()
     bench.turn()
     told = bench.builder.there.receive(deadline_s=5)[0].fault.message
-    assert told == "the image was not compressed: the stream worker ended with status 0; the guest runs on"
+    assert told == "the image was not written: the stream worker ended with status 0; the guest runs on"
     bench.answer(Failed(0, FAULT.but(message="writing the image: Broken pipe"), NO_DOMAIN))
     assert bench.refused() == told
 
 
-def test_the_words_of_the_packer_count_though_the_builder_sees_the_end_of_the_pipe_first(bench, file):
-    worker, *ends = packed_save(bench, file)
+def test_the_words_of_the_writer_count_though_the_builder_sees_the_end_of_the_pipe_first(bench, file):
+    worker, *ends = begun(bench, file)
     for descriptor in ends:
         os.close(descriptor)
-    worker.there.send(Packing())
+    worker.there.send(Writing())
     bench.turn()
     worker.there.send(Failed(0, FAULT.but(message="writing the image: No space left"), NO_DOMAIN))
     worker.die()
@@ -181,9 +190,9 @@ def test_the_words_of_the_packer_count_though_the_builder_sees_the_end_of_the_pi
     assert bench.refused() == "writing the image: No space left"
 
 
-@pytest.mark.parametrize("first", [Packed(6), IMAGE])
-def test_a_packer_that_answers_something_else_fails_the_save_and_not_the_broker(bench, file, first):
-    worker, *ends = packed_save(bench, file)
+@pytest.mark.parametrize("first", [Written(6), IMAGE])
+def test_a_writer_that_answers_something_else_fails_the_save_and_not_the_broker(bench, file, first):
+    worker, *ends = begun(bench, file)
     for descriptor in ends:
         os.close(descriptor)
     worker.there.send(first)
@@ -195,7 +204,7 @@ def test_a_packer_that_answers_something_else_fails_the_save_and_not_the_broker(
 
 def test_what_a_worker_gone_mad_says_costs_neither_descriptors_nor_the_builders_patience(bench, file):
     """The builder hears once why it fails; what came beside the messages is closed, also when the job is over."""
-    worker, *ends = packed_save(bench, file)
+    worker, *ends = begun(bench, file)
     for descriptor in ends:
         os.close(descriptor)
     counts = []
@@ -400,13 +409,6 @@ def open_to_clients(bench, tmp_path):
 def save_there(bench, name=f"{UUID}.img", *, go_on=False):
     bench.known(RUNNING)
     bench.send(Save(5, go_on, 30, 1, name))
-
-
-def written(bench):
-    """Let the builder write the image."""
-    _, (image,) = bench.builder.there.receive(deadline_s=5)
-    os.write(image, b"memory")
-    os.close(image)
 
 
 def contents(place):

@@ -91,7 +91,7 @@ OWN = {
     "xenvm.helpers.unpacker": {Role.UNPACKER},
     "xenvm._unpack": {Role.UNPACKER, Role.STREAM},
     "lzma": {Role.UNPACKER},
-    "zlib": {Role.UNPACKER, Role.BUILDER, Role.STREAM},
+    "zlib": {Role.UNPACKER, Role.STREAM},
     "xenvm.helpers.stream": {Role.STREAM},
     "xenvm.helpers.devicemodel": {Role.DEVICEMODEL},
     "xenvm.helpers.qmp": {Role.QMP},

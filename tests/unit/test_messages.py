@@ -90,7 +90,7 @@ def test_which_messages_pass_descriptors():
         "Save": 1,
         "Restore": 1,
         "Inspect": 3,
-        "Pack": 2,
+        "Write": 2,
         "Join": 8,
         "Launch": 64,
         "Model": 1,

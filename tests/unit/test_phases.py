@@ -311,11 +311,12 @@ def test_a_builder_made_ready_after_a_command_serves_the_next_one_or_ends(bench,
     now = [1000.0]
     monkeypatch.setattr(core.time, "monotonic", lambda: now[0])
     bench.known(RUNNING)
-    bench.ask(Op.PAUSE)
+    bench.ask(Op.ASK_POWEROFF)
+    assert bench.broker._spares == {}
     bench.answer(Done(0, RUNNING, ""))
     first = bench.broker._spares[Role.BUILDER]
     assert first.role is Role.BUILDER
-    bench.ask(Op.UNPAUSE)
+    bench.ask(Op.WITHDRAW)
     assert (bench.builder, bench.broker._spares) == (first, {})
     bench.answer(Done(0, RUNNING, ""))
     second = bench.broker._spares[Role.BUILDER]
@@ -325,6 +326,18 @@ def test_a_builder_made_ready_after_a_command_serves_the_next_one_or_ends(bench,
     bench.turn()
     assert second.killed
     assert bench.broker._spares == {}
+
+
+@pytest.mark.parametrize("op", [Op.PAUSE, Op.UNPAUSE, Op.QUERY])
+def test_the_next_builder_is_made_ready_while_a_pause_is_under_way(bench, op):
+    bench.known(RUNNING)
+    bench.ask(op)
+    first = bench.broker._spares[Role.BUILDER]
+    assert bench.builder is not first
+    bench.answer(Done(0, RUNNING, ""))
+    assert bench.broker._spares == {Role.BUILDER: first}
+    bench.ask(Op.DESTROY)
+    assert bench.builder is first
 
 
 @pytest.mark.parametrize("op", [Op.SETTLE, Op.DESTROY, Op.FIND])

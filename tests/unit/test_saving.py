@@ -47,15 +47,10 @@ class Xen:
         return self.made_with
 
     def save(self, _domid, descriptor, grants, hooks, *, live):
-        head = saved.head(grants)
-        imagefile.write(descriptor, head.content)
+        imagefile.write(descriptor, saved.head(grants))
         hooks.suspend()
         hooks.frames(1, 1)
         imagefile.write(descriptor, bytes(8192))
-        return head
-
-    def punch(self, *_):
-        return 0
 
     def resume(self, _domid):
         self.resumed += 1
@@ -106,7 +101,8 @@ def job(op=Op.SAVE, grants=GRANTS, **changes):
 
 def save(xen, store, grants=GRANTS):
     with tempfile.TemporaryFile() as file:
-        Saving(xen, store, job(grants=grants), lambda *_: None, Packer()).run([file.fileno()], RUNNING, go_on=False)
+        pipe = os.dup(file.fileno())
+        Saving(xen, store, job(grants=grants), lambda *_: None, Writer()).run([pipe], RUNNING, go_on=False)
         file.seek(0)
         content = file.read()
     return json.loads(content[52 : content.index(b"\0", 52)])["b_info"]
@@ -117,7 +113,7 @@ def test_the_image_tells_of_the_domain_and_not_of_a_config_that_is_newer(xen, st
     assert (told["max_memkb"], told["target_memkb"], told["max_vcpus"]) == (262144, 131072, 2)
 
 
-class Packer:
+class Writer:
     """The broker, which says what the process at the other end of the pipe does."""
 
     def __init__(self, failure=None):
@@ -126,42 +122,43 @@ class Packer:
     def model(self, wish):
         """Do nothing: a PV guest has no device model."""
 
-    def packing(self):
-        self.calls.append("packing")
+    def room(self, memory_kib):
+        self.calls.append(memory_kib)
 
-    def packed(self):
-        self.calls.append("packed")
+    def written(self):
+        self.calls.append("written")
         if self.failure:
             raise self.failure
         return 4711
 
 
 @pytest.mark.parametrize("go_on", [False, True])
-def test_an_image_that_is_compressed_goes_into_a_pipe_whose_end_the_packer_sees(xen, store, go_on):
+@pytest.mark.parametrize(("compression", "told"), [("none", ""), ("zstd", "image_compression=zstd ")])
+def test_an_image_goes_into_a_pipe_whose_end_the_writer_sees(xen, store, go_on, compression, told):
     readable, writable = os.pipe()
-    packer = Packer()
-    saving = Saving(xen, store, job(grants=GRANTS.but(image_compression="zstd")), lambda *_: None, packer)
-    assert saving.run([writable], RUNNING, go_on=go_on).startswith("image_bytes=4711 image_compression=zstd still_ms=")
+    writer = Writer()
+    saving = Saving(xen, store, job(grants=GRANTS.but(image_compression=compression)), lambda *_: None, writer)
+    assert saving.run([writable], RUNNING, go_on=go_on).startswith(f"image_bytes=4711 {told}still_ms=")
     with os.fdopen(readable, "rb") as pipe:
         assert pipe.read().endswith(bytes(8192) + saved.TAIL)
-    assert packer.calls == ["packing", "packed"]
+    assert writer.calls == [RUNNING.memory_kib, "written"]
     assert xen.resumed == go_on
 
 
-def test_a_packer_that_fails_at_the_end_has_the_guest_run_on(xen, store):
+def test_a_writer_that_fails_at_the_end_has_the_guest_run_on(xen, store):
     readable, writable = os.pipe()
-    packer = Packer(XenvmError("no"))
+    writer = Writer(XenvmError("no"))
     with pytest.raises(XenvmError, match="no"):
-        Saving(xen, store, job(grants=GRANTS.but(image_compression="zstd")), lambda *_: None, packer).run(
+        Saving(xen, store, job(grants=GRANTS.but(image_compression="zstd")), lambda *_: None, writer).run(
             [writable], RUNNING, go_on=False
         )
     os.close(readable)
     assert (xen.resumed, xen.domain) == (1, RUNNING)
 
 
-def test_where_nobody_can_compress_the_guest_is_not_even_asked_to_suspend(xen, store):
-    class Nobody(Packer):
-        def packing(self):
+def test_where_nobody_can_write_the_guest_is_not_even_asked_to_suspend(xen, store):
+    class Nobody(Writer):
+        def room(self, memory_kib):
             raise XenvmError("libzstd.so.1 is not on this host")
 
     readable, writable = os.pipe()
@@ -201,7 +198,7 @@ def test_a_domain_of_unknown_size_is_not_asked_to_suspend(xen, store):
 )
 def test_a_resume_tells_xenstored_of_a_guest_that_runs(xen, store, domain, woken, told):
     xen.domain = domain
-    Saving(xen, store, job(Op.RESUME), lambda *_: None, Packer()).resume()
+    Saving(xen, store, job(Op.RESUME), lambda *_: None, Writer()).resume()
     assert (xen.resumed, store.resumed) == (woken, told)
 
 
@@ -276,7 +273,7 @@ def test_how_often_is_told_how_far_it_is():
 # An HVM guest, and its device model
 
 
-class Virtual(Packer):
+class Virtual(Writer):
     """What is asked of the device model."""
 
     def model(self, wish):
@@ -309,16 +306,16 @@ def test_its_device_model_stands_still_after_the_guest_and_before_the_memory_is_
         assert live
         hooks.track(True)
         hooks.suspend()
-        head = saved.head(grants)
-        imagefile.write(descriptor, head.content)
-        return head
+        imagefile.write(descriptor, saved.head(grants))
 
     xen.save = save
     with tempfile.TemporaryFile() as file, tempfile.TemporaryFile() as state:
         state.write(b"QEVM 123")
         state.flush()
-        told = saving_of(xen, store, virtual, live=True).run([file.fileno(), state.fileno()], RUNNING, go_on=True)
-        assert virtual.calls == [Wish.TRACK, Wish.SAVE, Wish.RUN]
+        told = saving_of(xen, store, virtual, live=True).run(
+            [os.dup(file.fileno()), state.fileno()], RUNNING, go_on=True
+        )
+        assert virtual.calls == [RUNNING.memory_kib, Wish.TRACK, Wish.SAVE, Wish.RUN, "written"]
         assert xen.resumed == 1
         file.seek(0)
         assert file.read().endswith(saved.emulator_head(8) + b"QEVM 123" + saved.TAIL)
@@ -337,12 +334,12 @@ def test_one_without_pv_drivers_is_not_asked(xen, store, virtual):
 @pytest.mark.parametrize("state", [b"", b"x" * 9])
 def test_a_state_that_is_none_or_too_long_has_the_guest_run_on(xen, store, virtual, state, monkeypatch):
     monkeypatch.setattr(saving, "STATE_LIMIT_BYTES", 8)
-    xen.save = lambda _domid, descriptor, grants, hooks, *, live: (hooks.suspend(), saved.head(grants))[1]
+    xen.save = lambda _domid, descriptor, grants, hooks, *, live: hooks.suspend()
     with tempfile.TemporaryFile() as file, tempfile.TemporaryFile() as place:
         place.write(state)
         place.flush()
         with pytest.raises(XenvmError, match="a state of"):
-            saving_of(xen, store, virtual).run([file.fileno(), place.fileno()], RUNNING, go_on=False)
+            saving_of(xen, store, virtual).run([os.dup(file.fileno()), place.fileno()], RUNNING, go_on=False)
     assert virtual.calls[-1] == Wish.RUN
     assert xen.resumed == 1
 
@@ -371,7 +368,7 @@ def test_a_config_of_another_type_saves_nothing(xen, store, server):
         store.nodes[f"/xenvm/{UUID}/model/server"] = server
     grants = GRANTS if server else HVM
     with tempfile.TemporaryFile() as file, pytest.raises(WrongStateError, match="another type"):
-        Saving(xen, store, job(grants=grants), lambda *_: None, Packer()).run([file.fileno()], RUNNING, go_on=False)
+        Saving(xen, store, job(grants=grants), lambda *_: None, Writer()).run([file.fileno()], RUNNING, go_on=False)
     assert xen.domain is RUNNING
 
 
@@ -432,7 +429,7 @@ def clock(monkeypatch):
 def test_how_fast_an_image_is_written_is_told(xen, store, clock):
     """From when the guest stands still; waiting for that is not counted."""
     told = []
-    saver = Saving(xen, store, job(), lambda *what: told.append(what), Packer())
+    saver = Saving(xen, store, job(), lambda *what: told.append(what), Writer())
     xen.domain = SUSPENDED
     saver._suspend()
     told.clear()

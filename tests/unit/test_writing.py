@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Compressed save images: written through a pipe, unpacked on the way back, and what is refused of them."""
+"""Save images: written through a pipe, with holes or compressed, unpacked on the way back; what is refused of them."""
 
 import contextlib
+import errno
+import json
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
 import threading
@@ -17,7 +20,7 @@ from xenvm.boundary.images import Image
 from xenvm.errors import ExitCode, ProtocolError, WrongStateError, XenvmError
 from xenvm.helpers import imagefile, saved
 from xenvm.helpers.stream import main as stream
-from xenvm.helpers.stream import packing, source, zstd
+from xenvm.helpers.stream import source, writing, zstd
 
 MEMORY_KIB = 131072
 MANY = {f"more{number}": pages(list(range(1024)), [PAGE, bytes(4096)] * 512) for number in range(8)}
@@ -41,7 +44,7 @@ def unsealed(stream=None):
     return image(stream, text=text)
 
 
-def packed(content, limit_bytes=1 << 30):
+def packed(content, limit_bytes=1 << 30, compression="zstd"):
     """Return what comes of it."""
     readable, writable = os.pipe()
 
@@ -53,7 +56,7 @@ def packed(content, limit_bytes=1 << 30):
         writer = threading.Thread(target=write)
         writer.start()
         try:
-            length = packing.pack(readable, file.fileno(), packing.prepare(file.fileno(), 1024), limit_bytes)
+            length = writing.write(readable, file.fileno(), writing.prepare(file.fileno(), compression), limit_bytes)
         finally:
             os.close(readable)
             writer.join()
@@ -211,15 +214,93 @@ def test_a_builder_that_ends_early_leaves_nothing_that_is_taken_for_whole():
 def test_without_the_library_it_is_said_which_package_is_missing(monkeypatch):
     monkeypatch.setattr(zstd._Loaded, "library", False)
     with tempfile.TemporaryFile() as file, pytest.raises(XenvmError) as caught:
-        packing.prepare(file.fileno(), 1024)
+        writing.prepare(file.fileno(), "zstd")
     assert "libzstd1" in caught.value.hint
     assert "libzstd.so.1" in refusal(frame(image()))
 
 
-def test_without_room_nothing_is_begun():
-    with tempfile.TemporaryFile() as file, pytest.raises(XenvmError) as caught:
-        packing.prepare(file.fileno(), 2**40)
-    assert "are free" in caught.value.message
+@pytest.mark.parametrize(("compression", "share"), [("none", 1), ("zstd", 4)])
+def test_without_room_nothing_is_begun(compression, share):
+    with tempfile.TemporaryFile() as file:
+        form, status = writing.prepare(file.fileno(), compression), os.fstatvfs(file.fileno())
+        free_kib = status.f_bavail * status.f_frsize >> 10
+        writing.check_space(file.fileno(), form, (free_kib - (64 << 10)) * share)
+        with pytest.raises(XenvmError, match="are free"):
+            writing.check_space(file.fileno(), form, (free_kib + (64 << 10)) * share)
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize(
+    ("step", "number", "hint"),
+    [("pwrite", errno.ENOSPC, "make room"), ("pwrite", errno.EIO, ""), ("fsync", errno.EIO, "")],
+)
+def test_a_disk_that_takes_no_more_is_told(monkeypatch, compression, step, number, hint):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, step, refuse)
+    with pytest.raises(XenvmError) as caught:
+        packed(unsealed(large()), compression=compression)
+    assert caught.value.message == f"writing the image: {os.strerror(number)}"
+    assert caught.value.hint.startswith(hint)
+
+
+# As it is, with holes
+
+
+def blocks(content, piece_bytes=1 << 20):
+    """Return what becomes of an image written as it is, and how many bytes of the disk it takes."""
+    readable, writable = os.pipe()
+
+    def write():
+        with os.fdopen(writable, "wb", buffering=0) as pipe:
+            for at in range(0, len(content), piece_bytes):
+                pipe.write(content[at : at + piece_bytes])
+
+    with tempfile.TemporaryFile() as file:
+        writer = threading.Thread(target=write)
+        writer.start()
+        length = writing.write(readable, file.fileno(), writing.prepare(file.fileno(), "none"), 1 << 40)
+        writer.join()
+        os.close(readable)
+        file.seek(0)
+        whole = file.read()
+        assert length == len(whole)
+        return whole, os.fstat(file.fileno()).st_blocks * 512
+
+
+@pytest.mark.parametrize("piece_bytes", [1 << 20, 65536, 4099])
+def test_what_is_written_as_it_is_is_the_same_but_for_the_seal(piece_bytes):
+    content = unsealed(large())
+    whole, _ = blocks(content, piece_bytes)
+    at = whole.index(b"LibxlFmt")
+    seal = saved.seal(len(whole), zlib.crc32(whole[at:]))
+    assert whole.replace(seal, saved.UNSEALED) == content
+    assert inspect(whole)[0] == Image(MEMORY_KIB, 1, 4, 17, "")
+
+
+@pytest.mark.parametrize("tail", [b"", b"x", bytes(4096), bytes(5000), b"x" + bytes(3 << 20), bytes(3 << 20) + b"x"])
+@pytest.mark.parametrize("zeros", [0, 4095, 8191, (1 << 20) - 1, 5 << 20])
+def test_whole_pages_of_the_file_that_are_zero_take_no_room(zeros, tail):
+    begin = unsealed()
+    streams_at = begin.index(b"LibxlFmt")
+    data = os.urandom(1 << 20)
+    content = begin[:streams_at] + data + bytes(zeros) + data + tail
+    whole, used = blocks(content)
+    assert whole[streams_at:] == content[streams_at:]
+    pages = [whole[at : at + 4096] for at in range(0, len(whole), 4096)]
+    full = sum(any(page) or len(page) < 4096 for page in pages)
+    assert used <= (full + 4) * 4096  # and a block or two in which the file system notes where they are
+
+
+def test_the_seal_takes_the_place_of_the_empty_one_though_a_name_looks_like_it():
+    text = jsontext.dumps(config(name=saved.UNSEALED.decode())).encode()[:-1] + b"," + saved.UNSEALED + b"}"
+    content = image(text=text)
+    whole, _ = blocks(content)
+    (length,) = struct.unpack_from("<I", whole, 48)
+    told = json.loads(whole[52 : 52 + length - 1])
+    assert told["xenvm"] == {"bytes": f"{len(whole):016x}", "crc32": f"{zlib.crc32(whole[52 + length :]):08x}"}
+    assert told["name"] == saved.UNSEALED.decode()
 
 
 def test_a_disk_that_is_full():

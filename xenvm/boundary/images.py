@@ -139,26 +139,38 @@ class Image(Message):
     }
 
 
-class Pack(Message):
-    """Broker to stream: write what comes through a pipe into an image, compressed. Descriptors: the image, the pipe.
+class Write(Message):
+    """Broker to stream: write what comes through a pipe into an image. Descriptors: the image, the pipe.
 
-    It answers Packing when it can begin, and Packed at the end of the pipe.
+    Room follows, as soon as the builder knows how much it will be.
     """
 
     memory_max_kib: int
+    compression: str
     KIND: ClassVar = 35
     DESCRIPTORS: ClassVar = 2
-    CHECKS: ClassVar = {"memory_max_kib": number(1, 2**42)}
+    CHECKS: ClassVar = {"memory_max_kib": number(1, 2**42), "compression": string(8, forms.one_of("none", "zstd"))}
 
 
-class Packing(Message):
-    """Stream to broker, and on to the builder: there is room, and what comes through the pipe will be compressed."""
+class Room(Message):
+    """Builder to broker, and on to the stream worker: it wants room for the image of a guest with so much memory.
+
+    It answers Writing when it can begin, and Written at the end of the pipe.
+    """
+
+    memory_kib: int
+    KIND: ClassVar = 38
+    CHECKS: ClassVar = {"memory_kib": number(1, 2**42)}
+
+
+class Writing(Message):
+    """Stream to broker, and on to the builder: there is room, and what comes through the pipe will be written."""
 
     KIND: ClassVar = 36
     CHECKS: ClassVar = {}
 
 
-class Packed(Message):
+class Written(Message):
     """Stream to broker, and on to the builder: the image is on the disk, and has so many bytes."""
 
     length: int

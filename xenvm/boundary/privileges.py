@@ -182,13 +182,10 @@ _PARSER_SYSCALLS: Final = BASE_SYSCALLS - _names(
     """,
 )
 
-# libxenctrl and libxenguest: hypercalls are ioctls, guest memory is mapped and locked, images are read and written
-# through passed descriptors, which are flushed and dropped from the page cache behind the writer. Of a save image are
-# asked its file system's free space, and holes are made where pages are zero.
+# libxenctrl and libxenguest: hypercalls are ioctls, guest memory is mapped and locked, images come and go by pipes.
 _BUILDER_SYSCALLS: Final = BASE_SYSCALLS | _names(
     """
-    mlock munlock pwrite64 pwritev preadv ftruncate fsync fdatasync sync_file_range fadvise64 uname sysinfo
-    fallocate fstatfs preadv2
+    mlock munlock uname sysinfo
     """,
 )
 
@@ -447,8 +444,8 @@ _ROWS: Final = (
         capabilities=frozenset(),
         no_new_privs=True,
         # splice moves the pages of a checked record from the image to the builder. The rest is for an image that it
-        # compresses: is there room, the seal, is it on the disk.
-        syscalls=_PARSER_SYSCALLS | {"preadv2", "splice", "fstatfs", "pwrite64", "fsync"},
+        # writes: is there room, pages and the seal at their places, the length behind a last hole, is it on the disk.
+        syscalls=_PARSER_SYSCALLS | {"preadv2", "splice", "fstatfs", "pwrite64", "ftruncate", "fsync"},
         landlock=Landlock.NOTHING,
         # 3 the broker; the image and the pipe to the builder come with the request
         descriptors=_frozen({3: SOCKET}),
@@ -456,7 +453,7 @@ _ROWS: Final = (
         # An image that needs more than this to be understood is an attack: 256 MiB of addresses.
         limits=_limits(NPROC=0, NOFILE=32, AS=256 << 20),
         lifetime=ONE_REQUEST,
-        requests=("inspect", "pack"),
+        requests=("inspect", "write"),
     ),
     Row(
         role=Role.DEVICEMODEL,

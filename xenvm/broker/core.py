@@ -13,7 +13,7 @@ import os
 import select
 import time
 
-from xenvm.boundary.images import Progress
+from xenvm.boundary.images import Progress, Room
 from xenvm.boundary.machine import EndModel, Loaded, Wished
 from xenvm.boundary.messages import (
     NO_DOMAIN,
@@ -37,6 +37,7 @@ from xenvm.broker.book import Book
 from xenvm.broker.children import Child
 from xenvm.broker.models import Models
 from xenvm.broker.phases import (
+    FOLLOWED_AT_ONCE,
     LEAVES_HALF,
     LEAVES_SUSPENDED,
     ON_DEVICES,
@@ -289,6 +290,8 @@ class Broker:
             self._plugged(work, lambda plugging: plugging.loaded(message.domid))
         elif work and work.talk and child is work.builder and isinstance(message, Wished):
             work.tell(work.talk.ask(message))
+        elif work and child is work.builder and isinstance(message, Room):
+            work.room(message)
         elif work and child is work.builder and isinstance(message, EndModel):
             self._models.end(message.domid, message.server)
             work.tell(Ready(()))
@@ -463,7 +466,7 @@ class Broker:
         work = Work(sequence, op, self._spares.take(role), deadline_s, change)
         work.begin(self._domid, grants, self._log, self._spares, self._models, self._acts)
         self._work = work
-        if op is Op.QUERY:  # a guest that has rebooted needs the next builder at once
+        if op in FOLLOWED_AT_ONCE:
             self._spares.make_ready(role)
 
     def _created(self, work: Work, created: Created) -> None:

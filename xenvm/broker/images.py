@@ -8,12 +8,12 @@ import os
 import stat
 from abc import ABC, abstractmethod
 
-from xenvm.boundary.images import Image, Inspect, Pack, Packed, Packing
+from xenvm.boundary.images import Image, Inspect, Room, Write, Writing, Written
 from xenvm.boundary.messages import NO_DOMAIN, Done, Failed, Fault, Op
 from xenvm.boundary.privileges import Role
 from xenvm.broker.children import Child
 from xenvm.context import suppress
-from xenvm.errors import ExitCode, ProtocolError, UsageError
+from xenvm.errors import ExitCode, ProtocolError, TimeoutExpiredError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -171,12 +171,17 @@ class Feed(Stream):
 
 
 class Sink(Stream):
-    """The process that compresses what a builder writes, into an image."""
+    """The process that puts what a builder writes into an image, on the disk."""
 
-    def __init__(self, uuid: str, log: int, image: int, memory_max_kib: int) -> None:
-        super().__init__(uuid, log, image, Pack(memory_max_kib), fed=False)
-        self._next: type[Message] | None = Packing
+    def __init__(self, uuid: str, log: int, image: int, grants: Grants) -> None:
+        super().__init__(uuid, log, image, Write(grants.memory_max_mib << 10, grants.image_compression), fed=False)
+        self._next: type[Message] | None = Writing
         self._told = False
+
+    def room(self, message: Room) -> None:
+        """Ask it whether there is room."""
+        with suppress(ProtocolError, TimeoutExpiredError):  # it has ended, and that comes next
+            self.child.channel.send(message)
 
     def take(self, message: Message) -> Message | None:
         """Learn that it can begin, that the image is whole, or why not, which is said once."""
@@ -184,7 +189,7 @@ class Sink(Stream):
             return None
         if not self._said(message):
             if self._next is not None and isinstance(message, self._next):
-                self._next = Packed if self._next is Packing else None
+                self._next = Written if self._next is Writing else None
                 return message
             self._failed(OUT_OF_PLACE)
         self._told = True
@@ -195,4 +200,4 @@ class Sink(Stream):
         self.child.end()
         if self._next is None or self.failure:
             return None
-        return self._failed(f"the image was not compressed: the stream worker {self.child.how()}; the guest runs on")
+        return self._failed(f"the image was not written: the stream worker {self.child.how()}; the guest runs on")

@@ -82,6 +82,10 @@ STARTUP_OPS: Final = MappingProxyType({"started": Op.START, "paused": Op.START_P
 SELDOM_FOLLOWED: Final = frozenset({Op.FIND, Op.DESTROY, Op.SETTLE, Op.SURVEY})
 """After these no helper is made ready."""
 
+FOLLOWED_AT_ONCE: Final = frozenset({Op.QUERY, Op.PAUSE, Op.UNPAUSE, Op.SAVE})
+"""With these the next one is made ready as they begin: a guest that has rebooted is built anew, one that is paused runs
+again soon, one that is saved is destroyed."""
+
 START_DEADLINE_S: Final = 720.0
 IMAGE_S_PER_MIB: Final = 0.5
 LIVE_PASSES: Final = 4

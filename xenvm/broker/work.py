@@ -7,7 +7,7 @@ import os
 import time
 
 from xenvm.boundary.devices import Kind
-from xenvm.boundary.images import Image, Packed, Packing
+from xenvm.boundary.images import Image, Room, Writing, Written
 from xenvm.boundary.machine import EndModel, Granted, Wished
 from xenvm.boundary.messages import Done, Failed, Fault, Job, Op, Ready
 from xenvm.boundary.privileges import Role
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from xenvm.broker.models import Models
     from xenvm.broker.spares import Spares
 
-ANSWERS: Final = (Image, Packing, Packed, Granted, Failed)
+ANSWERS: Final = (Image, Writing, Written, Granted, Failed)
 """What the builder hears of its partners."""
 POSTPONED_LIMIT: Final = 16  # an honest supervisor asks for one thing after the other
 
@@ -153,8 +153,8 @@ class Work:
                 self.feed = Feed(grants.uuid, log, self.change.image, grants.memory_max_mib << 10, state)
             if models.state and self.op in LEAVES_SUSPENDED:
                 self.talk = Talk(grants.uuid, log, models, saves=self.op in SAVING)
-            if self.op in SAVING and grants.image_compression != "none":
-                self.feed = Sink(grants.uuid, log, self.change.image, grants.memory_max_mib << 10)
+            if self.op in SAVING:
+                self.feed = Sink(grants.uuid, log, self.change.image, grants)
             self.job = self.change.job(self.op, domid, grants, self.plugging)
             self.hand_over()
         except (XenvmError, OSError) as error:
@@ -201,13 +201,18 @@ class Work:
         self.job = None
         images = [*self.kernel.ready] if self.kernel else []
         images += [self.initrd] if self.initrd >= 0 else []
-        if self.feed or self.op in SAVING:
-            images = [self.feed.pipe if self.feed else self.change.image]
+        if self.feed:
+            images = [self.feed.pipe]
             images += [self.talk.state] if self.talk and self.op in SAVING else []
         with suppress(ProtocolError):  # it has ended already: what it said of that comes next
             self.builder.channel.send(job, images)
         if self.feed:
             self.feed.close_pipe()
+
+    def room(self, message: Room) -> None:
+        """Pass on how large the guest is whose image is to be written."""
+        if isinstance(self.feed, Sink):
+            self.feed.room(message)
 
     def tell(self, answer: Message | None) -> None:
         """Answer its helper in the middle of the work."""

@@ -8,7 +8,7 @@ helper then lets the backends go on.
 from __future__ import annotations
 
 from xenvm.boundary.devices import Kind
-from xenvm.boundary.images import Image, Packed, Packing
+from xenvm.boundary.images import Image, Room, Writing, Written
 from xenvm.boundary.machine import EndModel, Granted, Loaded, Wish, Wished
 from xenvm.boundary.messages import Created, Failed, Ready
 from xenvm.errors import ExitCode, ProtocolError, TimeoutExpiredError, XenvmError
@@ -32,7 +32,7 @@ WISH_WAIT_S: Final = 60.0  # longer than the qmp worker waits for QEMU
 
 
 class Devices:
-    """The devices of one job, and the image that it restores or has compressed."""
+    """The devices of one job, and the image that it restores or saves."""
 
     def __init__(self, channel: Channel, store: Store, job: Job) -> None:
         self._channel, self._store, self._job = channel, store, job
@@ -89,15 +89,16 @@ class Devices:
             raise ProtocolError("the broker did not say what the image is")
         return message
 
-    def packing(self) -> None:
-        """Wait until somebody will compress the image that is to be saved; raise XenvmError when nobody can."""
-        if not isinstance(self._answer(IMAGE_WAIT_S), Packing):
-            raise ProtocolError("the broker did not say whether the image can be compressed")
+    def room(self, memory_kib: int) -> None:
+        """Ask for room for the image of a guest with so much memory; raise XenvmError when nobody can write it."""
+        self._channel.send(Room(memory_kib))
+        if not isinstance(self._answer(IMAGE_WAIT_S), Writing):
+            raise ProtocolError("the broker did not say whether the image can be written")
 
-    def packed(self) -> int:
-        """Wait until the image is compressed and on the disk; return its length, or raise XenvmError why it is not."""
+    def written(self) -> int:
+        """Wait until the image is on the disk; return its length, or raise XenvmError why it is not."""
         message = self._answer(IMAGE_WAIT_S)
-        if not isinstance(message, Packed):
+        if not isinstance(message, Written):
             raise ProtocolError("the broker did not say what has become of the image")
         return message.length
 

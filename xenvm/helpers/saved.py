@@ -11,7 +11,6 @@ from __future__ import annotations
 import struct
 
 from xenvm import jsontext
-from xenvm.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,21 +44,11 @@ TIMER_MODES: Final = (
 _FORMATS: Final = {"qcow": "qcow2", "vhd": "vhd"}
 
 
-class Head(Record):
-    """The beginning of an image. `seal_at` is where the seal goes, `streams_at` where the streams begin."""
-
-    content: bytes
-    seal_at: int
-    streams_at: int
-
-
-def head(grants: Grants) -> Head:
+def head(grants: Grants) -> bytes:
     """Return all that stands before the stream of libxenguest, with an empty seal."""
     text = config(grants) + b"\0"
     before = MAGIC + HEADER.pack(BYTE_ORDER, JSON_CONFIG | STREAM_V2, 0, WORD.size + len(text)) + WORD.pack(len(text))
-    streams_at = len(before) + len(text)
-    content = before + text + LIBXL.pack(LIBXL_IDENT, LIBXL_VERSION, 0) + RECORD.pack(LIBXC_CONTEXT, 0)
-    return Head(content, content.rindex(UNSEALED), streams_at)
+    return before + text + LIBXL.pack(LIBXL_IDENT, LIBXL_VERSION, 0) + RECORD.pack(LIBXC_CONTEXT, 0)
 
 
 def emulator_head(state_bytes: int) -> bytes:

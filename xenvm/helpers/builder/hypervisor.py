@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from xenvm.boundary.machine import Machine
     from xenvm.boundary.messages import Domain, Grants
     from xenvm.boundary.processors import Affinity, CpuidRule
-    from xenvm.helpers.saved import Head
 
 NOT_KNOWN: Final = -1
 SHUTDOWN_POWEROFF: Final = 0  # xen/sched.h
@@ -137,8 +136,8 @@ class Hypervisor(ABC):
         """Build the guest in `domid` from the descriptors `kernel` and `initrd`."""
 
     @abstractmethod
-    def save(self, domid: int, image: int, grants: Grants, hooks: Hooks, *, live: bool) -> Head:
-        """Write the image of a running domain, up to the state of its device model, if it has one.
+    def save(self, domid: int, pipe: int, grants: Grants, hooks: Hooks, *, live: bool) -> None:
+        """Write into a pipe the image of a running domain, up to the state of its device model, if it has one.
 
         The domain is left as it is then, suspended or not: resuming is the caller's.
         """
@@ -150,10 +149,6 @@ class Hypervisor(ABC):
     @abstractmethod
     def check_release(self, major: int, minor: int) -> None:
         """Raise WrongStateError for an image of a newer hypervisor than this one."""
-
-    @abstractmethod
-    def punch(self, image: int, offset: int, length: int) -> int:
-        """Make a hole in a file; return 0, or a negated errno."""
 
     @abstractmethod
     def pause(self, domid: int) -> None:

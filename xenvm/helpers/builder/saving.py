@@ -14,7 +14,7 @@ from xenvm.boundary.messages import DomainState
 from xenvm.context import suppress
 from xenvm.errors import ProtocolError, TimeoutExpiredError, WrongStateError, XenvmError
 from xenvm.helpers import imagefile, saved
-from xenvm.helpers.builder import image, tree
+from xenvm.helpers.builder import tree
 from xenvm.helpers.builder.hypervisor import NOT_KNOWN, SHUTDOWN_SUSPEND, Hooks
 
 TYPE_CHECKING = False
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     Tell = Callable[..., None]
 
+PAGE_KIB: Final = 4
+CHUNK_BYTES: Final = 1 << 20
 POLL_S: Final = 0.02
 TELL_PAUSE_S: Final = 0.5  # between two messages about how far it is
 ROUNDS_LIMIT: Final = 5  # over the memory of a guest that still runs, and the pages that are few: as in libxenguest
@@ -55,9 +57,9 @@ class Saving:
     def run(self, descriptors: list[int], domain: Domain, *, go_on: bool) -> str:
         """Write the image; return what there is to say of it: its length, how long the guest stood still.
 
-        `descriptors` are the image and, of an HVM guest, the file with the state of its device model. `go_on` lets the
-        guest run again, else it stays suspended. On any failure it runs on. An image that is to be compressed is
-        written into a pipe; a process at its other end puts it on the disk.
+        `descriptors` are that pipe and, of an HVM guest, the file with the state of its device model. `go_on` lets the
+        guest run again, else it stays suspended. On any failure it runs on. The image is written into a pipe; a process
+        at its other end puts it on the disk.
         """
         if domain.state is not DomainState.RUNNING:
             raise WrongStateError(f"domain {domain.domid} is {domain.state}: a guest suspends only while it runs")
@@ -66,29 +68,24 @@ class Saving:
                 "the config file is of another type of guest than the one that runs: nobody could restore its image",
                 hint="the key hvm must be what it was when the guest was started",
             )
-        compression, descriptor = self._job.grants.image_compression, descriptors[0]
-        self._memory_kib = domain.memory_kib
-        if compression == "none":
-            imagefile.check_space(descriptor, domain.memory_kib << 10)
-        else:
-            self._broker.packing()
+        self._memory_kib, pipe = domain.memory_kib, descriptors[0]
+        self._broker.room(domain.memory_kib)
         grants = self._as_built(domain.domid)
         hooks = Hooks(self._suspend, self._frames, self._track, self._another)
         try:
-            head = self._xen.save(domain.domid, descriptor, grants, hooks, live=self._job.live)
+            self._xen.save(domain.domid, pipe, grants, hooks, live=self._job.live)
             for state in descriptors[1:]:
-                _append_state(descriptor, state)
-            imagefile.write(descriptor, saved.TAIL)
+                _append_state(pipe, state)
+            imagefile.write(pipe, saved.TAIL)
             if go_on:
                 self.resume()
                 self._asked = False
             still_ms = round((time.monotonic() - self._stopped_s) * 1000)
             self._tell("finishing the image", 0, 0)
-            if compression == "none":
-                told = f"image_bytes={image.finish(descriptor, head, self._xen.punch)}"
-            else:
-                os.close(descriptor)
-                told = f"image_bytes={self._broker.packed()} image_compression={compression}"
+            os.close(pipe)
+            told = f"image_bytes={self._broker.written()}"
+            if (compression := self._job.grants.image_compression) != "none":
+                told += f" image_compression={compression}"
             return f"{told} still_ms={still_ms}" + (f" rounds={self._round}" if self._job.live else "")
         except BaseException:
             if self._asked:
@@ -150,7 +147,7 @@ class Saving:
         now_s = time.monotonic()
         if now_s - self._told_s >= TELL_PAUSE_S:
             self._told_s = now_s
-            kib = (done * image.PAGE_KIB, total * image.PAGE_KIB)
+            kib = (done * PAGE_KIB, total * PAGE_KIB)
             runs = self._job.live and not self._asked
             rate_kib_s = round(kib[0] / max(now_s - (self._round_s if runs else self._writing_s), POLL_S))
             if runs:
@@ -177,7 +174,7 @@ class Saving:
             if rounds:  # before that it is all there is
                 self._dirty, self._dirty_s = dirty, round(dirty / max(now_s - self._looked_s, POLL_S))
             self._looked_s = now_s
-        pages = self._memory_kib / image.PAGE_KIB
+        pages = self._memory_kib / PAGE_KIB
         beyond = rounds > 0 and pages + written - self._first >= WRITTEN_LIMIT * pages
         few = rounds > 0 and NOT_KNOWN < dirty < FEW_PAGES
         return rounds < ROUNDS_LIMIT and not beyond and not few
@@ -224,16 +221,16 @@ class Saving:
         return f"{tree.domain_path(self._job.domid)}/control/shutdown"
 
 
-def _append_state(image_file: int, state: int) -> None:
+def _append_state(pipe: int, state: int) -> None:
     """Write what a device model has said of its state into the image; it is not looked at."""
     size = os.fstat(state).st_size
     if not 0 < size <= STATE_LIMIT_BYTES:
         raise ProtocolError(f"device model: it wrote a state of {size} bytes")
-    imagefile.write(image_file, saved.emulator_head(size))
+    imagefile.write(pipe, saved.emulator_head(size))
     left, at = size, 0
-    while left and (content := os.pread(state, min(left, image.CHUNK_BYTES), at)):
-        imagefile.write(image_file, content)
+    while left and (content := os.pread(state, min(left, CHUNK_BYTES), at)):
+        imagefile.write(pipe, content)
         at, left = at + len(content), left - len(content)
-    imagefile.write(image_file, saved.padding(saved.EMULATOR.size + size))
+    imagefile.write(pipe, saved.padding(saved.EMULATOR.size + size))
     if left:
         raise ProtocolError("device model: its state has become shorter")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 
 from xenvm.boundary.messages import Domain, DomainState, Phase
@@ -11,7 +10,6 @@ from xenvm.boundary.place import HERE
 from xenvm.errors import WrongStateError
 from xenvm.helpers import imagefile, saved
 from xenvm.helpers.builder import hypervisor, pages
-from xenvm.helpers.builder import image as images
 from xenvm.helpers.builder.hypervisor import (
     SHUTDOWN_POWEROFF,
     Channels,
@@ -94,19 +92,17 @@ class Hypervisor(hypervisor.Hypervisor):
         frames = self._call("load", domid=domid, cmdline=cmdline, memory_mib=memory_mib, image_bytes=size)
         return Rings(**frames)
 
-    def save(self, domid: int, image: int, grants: Grants, hooks: Hooks, *, live: bool) -> saved.Head:  # noqa: ARG002
+    def save(self, domid: int, pipe: int, grants: Grants, hooks: Hooks, *, live: bool) -> None:  # noqa: ARG002
         """Write the whole image of a running domain: its state, in the form that real ones have."""
-        head = saved.head(grants)
-        imagefile.write(image, head.content)
+        imagefile.write(pipe, saved.head(grants))
         hooks.suspend()
         told = self._call("memory", domid=domid)
-        total = told["memory_kib"] // images.PAGE_KIB
+        total = (told["memory_kib"] << 10) // pages.PAGE_BYTES
         done = 0
         for part in pages.stream(told["state"], told["memory_kib"]):
-            imagefile.write(image, part)
-            done = min(total, done + len(part) // images.PAGE_BYTES)
+            imagefile.write(pipe, part)
+            done = min(total, done + len(part) // pages.PAGE_BYTES)
             hooks.frames(done, total)
-        return head
 
     def restore(self, domid: int, stream: int, channels: Channels) -> Rings:  # noqa: ARG002
         """Give the domain the state that the stream tells of."""
@@ -119,10 +115,6 @@ class Hypervisor(hypervisor.Hypervisor):
                 f"the image was written by Xen {major}.{minor}, this host is a simulated one",
                 hint="a real guest can be restored on a real Xen host only",
             )
-
-    def punch(self, image: int, offset: int, length: int) -> int:  # noqa: ARG002
-        """Say that there can be no holes: what makes them belongs to the library of a real host."""
-        return -errno.EOPNOTSUPP
 
     def pause(self, domid: int) -> None:
         """Stop the guest; it is counted."""

@@ -76,23 +76,22 @@ def xenvm_round(number: int, written: int, dirty: int) -> int:
     return int(lib.XGS_POLICY_CONTINUE_PRECOPY)
 
 
-def save(xen: Hypervisor, domid: int, image: int, grants: Grants, hooks: Hooks, *, live: bool) -> saved.Head:
+def save(xen: Hypervisor, domid: int, pipe: int, grants: Grants, hooks: Hooks, *, live: bool) -> None:
     """Write the image of a running domain, up to the state of its device model, if it has one.
 
     Raise XenvmError with the reason. The domain is left as it is then, suspended or not: resuming is the caller's.
     """
-    head = saved.head(grants)
     callbacks = ffi.new("struct save_callbacks *")
     callbacks.suspend = lib.xenvm_suspend
     callbacks.switch_qemu_logdirty = lib.xenvm_track
     lib.xenvm_ask_rounds(callbacks, lib.xenvm_round)
     _running.hooks, _running.failure = hooks, None
-    imagefile.write(image, head.content)
+    imagefile.write(pipe, saved.head(grants))
     lib.xenvm_tell_frames(lib.xenvm_frames)
     lib.xenvm_clear_error()
     try:
         result = lib.xc_domain_save(
-            xen.handle, image, domid, lib.XCFLAGS_LIVE if live else 0, callbacks, lib.XC_STREAM_PLAIN, -1
+            xen.handle, pipe, domid, lib.XCFLAGS_LIVE if live else 0, callbacks, lib.XC_STREAM_PLAIN, -1
         )
         number = ffi.errno
     finally:
@@ -101,8 +100,7 @@ def save(xen: Hypervisor, domid: int, image: int, grants: Grants, hooks: Hooks, 
     if _running.failure:
         raise _running.failure
     if result < 0:
-        raise HypervisorError(f"writing the image: {xen.reason(number)}", hint=imagefile.hint(number))
-    return head
+        raise HypervisorError(f"writing the image: {xen.reason(number)}")
 
 
 def restore(xen: Hypervisor, domid: int, stream: int, channels: Channels) -> Rings:

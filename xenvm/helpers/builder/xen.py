@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from xenvm.boundary.messages import Grants
     from xenvm.boundary.processors import Affinity, CpuidRule
     from xenvm.helpers.builder.hypervisor import Hooks
-    from xenvm.helpers.saved import Head
 
 try:
     from xenvm._xen import ffi as ffi  # noqa: PLC0414 - also for `pv`: where it is missing there is one error
@@ -262,9 +261,9 @@ class Hypervisor(hypervisor.Hypervisor):
             channels=channels,
         )
 
-    def save(self, domid: int, image: int, grants: Grants, hooks: Hooks, *, live: bool) -> Head:
+    def save(self, domid: int, pipe: int, grants: Grants, hooks: Hooks, *, live: bool) -> None:
         """Write the image of a running domain, up to the state of its device model, if it has one."""
-        return transfer.save(self, domid, image, grants, hooks, live=live)
+        transfer.save(self, domid, pipe, grants, hooks, live=live)
 
     def restore(self, domid: int, stream: int, channels: Channels) -> Rings:
         """Fill an empty domain from the stream that comes out of a pipe."""
@@ -277,10 +276,6 @@ class Hypervisor(hypervisor.Hypervisor):
                 f"the image was written by Xen {major}.{minor}, this is Xen {_release(lib.XENVM_BUILT_FOR)}",
                 hint="an image can be restored by the Xen that wrote it, or a newer one",
             )
-
-    def punch(self, image: int, offset: int, length: int) -> int:
-        """Make a hole in a file; return 0, or a negated errno."""
-        return int(lib.xenvm_punch(image, offset, length))
 
     def pause(self, domid: int) -> None:
         """Stop the vcpus; Xen counts, so never twice without two unpauses."""

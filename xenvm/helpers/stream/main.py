@@ -7,22 +7,25 @@
 4. walk through it again and write its stream into the pipe. Should the file have changed meanwhile, what does not pass
    the same checks now ends the pipe.
 
-A compressed image is unpacked on the way, twice. Asked to Pack, it compresses what a builder writes into the pipe.
+A compressed image is unpacked on the way, twice. Asked to Write, it puts into an image what a builder writes into the
+pipe.
 """
 
 from __future__ import annotations
 
 import os
 
-from xenvm.boundary.images import Image, Inspect, Pack, Packed, Packing, other_memory
+from xenvm.boundary.images import Image, Inspect, Room, Write, Writing, Written, other_memory
 from xenvm.boundary.privileges import Role
 from xenvm.errors import ExitCode, ProtocolError, XenvmError
 from xenvm.helpers import imagefile, serve
-from xenvm.helpers.stream import packing, records, source, zstd
+from xenvm.helpers.stream import records, source, writing, zstd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
+
+    from xenvm.boundary.frames import Channel
 
 NEEDED_DESCRIPTORS: Final = 2
 ROUNDS: Final = 4  # of a guest's memory that a compressed image may unpack to: a live one has pages more than once
@@ -38,15 +41,12 @@ def main() -> int:
     if received is None:
         return 0
     message, descriptors = received
-    if not isinstance(message, Inspect | Pack) or len(descriptors) < NEEDED_DESCRIPTORS:
+    if not isinstance(message, Inspect | Write) or len(descriptors) < NEEDED_DESCRIPTORS:
         raise ProtocolError("a stream worker reads or writes one image, with two descriptors")
     image, pipe, *state = descriptors
     try:
-        if isinstance(message, Pack):
-            encoder = packing.prepare(image, message.memory_max_kib)
-            channel.send(Packing())
-            channel.send(Packed(packing.pack(pipe, image, encoder, limit_bytes(message.memory_max_kib))))
-            return 0
+        if isinstance(message, Write):
+            return write(channel, message, image, pipe)
         told, at = inspect(image, message.memory_max_kib, *state)
         channel.send(told)
         feed(image, pipe, at, told, hvm=bool(state))
@@ -54,6 +54,21 @@ def main() -> int:
         return serve.fail(channel, error)
     except BrokenPipeError:  # the builder has ended; it says why itself
         return int(ExitCode.FAILED)
+    return 0
+
+
+def write(channel: Channel, message: Write, image: int, pipe: int) -> int:
+    """Write an image, as soon as it is known how large it will be; return the exit status."""
+    form = writing.prepare(image, message.compression)
+    received = serve.request(channel)
+    if received is None:
+        return 0
+    room, _ = received
+    if not isinstance(room, Room):
+        raise ProtocolError("a stream worker that is to write hears next how much")
+    writing.check_space(image, form, room.memory_kib)
+    channel.send(Writing())
+    channel.send(Written(writing.write(pipe, image, form, limit_bytes(message.memory_max_kib))))
     return 0
 
 
