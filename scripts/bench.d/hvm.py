@@ -85,6 +85,10 @@ def main() -> None:
         images = folder / "xenvm.img", folder / "xl.img"
         steps = {
             "start to unpause": (("xenvm", f"{folder}/xenvm.cfg"), ("xl", "create", "-q", f"{folder}/xl.cfg")),
+            "checkpoint live=true; xl save -c": (
+                ("xenvm-cmd", UUID, "checkpoint", str(images[0]), "live=true"),
+                ("xl", "save", "-c", "bench-xl", str(images[1])),
+            ),
             "suspend": (("xenvm-cmd", UUID, "suspend", str(images[0])), ("xl", "save", "bench-xl", str(images[1]))),
             "restore": (("xenvm-cmd", UUID, "restore", str(images[0])), ("xl", "restore", str(images[1]))),
             "destroy": (("xenvm-cmd", UUID, "destroy"), ("xl", "destroy", "bench-xl")),

@@ -141,15 +141,27 @@ def test_an_image_that_nobody_takes_over_lets_the_guest_run_on(monitor, file, ho
     assert monitor.state()["state"] == "running"
 
 
-def test_a_look_meanwhile_finds_the_guest_suspended_and_leaves_it(monitor, file):
+def test_no_look_is_taken_of_a_guest_that_waits_for_its_end(monitor, file):
+    """That it is suspended is known; and the builder that waits ready is for its end."""
     client = saved(monitor, file)
     monitor.watch()
-    monitor.done(monitor.asked(Op.QUERY), SUSPENDED)
-    assert monitor.state()["state"] == "suspending"
     assert monitor.nothing_asked()
+    assert monitor.state()["state"] == "suspending"
     client.send("commit")
     monitor.done(monitor.asked(Op.DESTROY))
     assert client.reply()["result"]["data"]["state"] == "suspended"
+    assert monitor.nothing_asked()
+
+
+def test_a_look_that_was_due_is_taken_when_the_guest_has_run_on(monitor, file):
+    client = saved(monitor, file)
+    monitor.watch()
+    assert monitor.nothing_asked()
+    client.send("cancel")
+    monitor.done(monitor.asked(Op.RESUME), RUNNING)
+    assert client.reply()["result"]["data"]["state"] == "running"
+    monitor.done(monitor.asked(Op.QUERY))
+    assert monitor.asked(Op.DESTROY)
 
 
 def test_a_client_that_goes_away_has_its_save_cancelled(monitor, file):

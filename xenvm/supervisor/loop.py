@@ -113,14 +113,19 @@ class Supervisor(Saving):
         """Return how long to sleep: -1, for ever, when nothing is due."""
         due = self._client_deadlines()
         due += self._operation.due_s if self._operation else []
-        if self._looking.due_s and not self._asked:
+        if self._looking.due_s and self._may_look:
             due.append(self._looking.due_s)
         due += [at for at in (self._model.due, self._follows_s) if at]
         return max(0.0, min(due) - time.monotonic()) if due else -1
 
+    @property
+    def _may_look(self) -> bool:
+        """Tell whether the broker is free for a look; of a guest that waits for its end all is known."""
+        return not self._asked and not (self._operation and self._operation.commit_due_s)
+
     def _timers(self, now_s: float) -> None:
         self._model.expire(now_s)
-        if self._looking.due_s and now_s >= self._looking.due_s and not self._asked:
+        if self._looking.due_s and now_s >= self._looking.due_s and self._may_look:
             age_ms = self._looking.begin(now_s)
             if self._vm.state not in ENDED:
                 self._ask(Op.QUERY, age_ms)
