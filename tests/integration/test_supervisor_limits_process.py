@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The real supervisor process, time limits that come to their end late, and looks that fail. Needs root."""
 
-import os
 import time
 
 import pytest
 from supervisor_bench import FAULT, PAUSED, RUNNING, Monitor, ended
 
-from xenvm.boundary.images import Save
 from xenvm.boundary.messages import Op
 from xenvm.errors import ExitCode
 
@@ -159,24 +157,6 @@ def test_a_look_that_fails_does_not_end_a_command(monitor, command):
     else:
         monitor.done(monitor.asked(Op.REBUILD), RUNNING.but(domid=8))
     assert client.reply()["result"]["data"]["state"] == ("shutdown" if command == "shutdown" else "running")
-
-
-def test_a_look_that_fails_does_not_end_a_suspend_that_waits_for_its_client(monitor, tmp_path):
-    monitor.running()
-    client = monitor.client()
-    image = os.open(tmp_path / "image", os.O_RDWR | os.O_CREAT)
-    client.hand([image], "suspend", file="/there")
-    os.close(image)
-    request, (descriptor,) = monitor.asked_change(Save)
-    os.close(descriptor)
-    monitor.done(request, ended(2), "image_bytes=4096")
-    client.reply()
-    monitor.watch()
-    monitor.failed(monitor.asked(Op.QUERY), FAULT, ended(2))
-    assert monitor.state()["state"] == "suspending"
-    client.send("commit")
-    monitor.done(monitor.asked(Op.DESTROY))
-    assert client.reply()["result"]["data"]["state"] == "suspended"
 
 
 def test_a_look_that_fails_since_there_is_no_domain_says_so(monitor):

@@ -13,7 +13,15 @@ import pytest
 from xenvm.errors import TimeoutExpiredError
 from xenvm.helpers import store as module
 from xenvm.helpers import xenstored as connecting
-from xenvm.helpers.store import PAYLOAD_LIMIT_BYTES, TRANSACTION_TRIES, Router, Store, StoreError, remove_all
+from xenvm.helpers.store import (
+    PAYLOAD_LIMIT_BYTES,
+    TRANSACTION_TRIES,
+    UNREAD_LIMIT,
+    Router,
+    Store,
+    StoreError,
+    remove_all,
+)
 
 HEADER = struct.Struct("=IIII")  # type, request, transaction, length: xen/io/xs_wire.h
 DIRECTORY, READ, START, END, INTRODUCE, WRITE, MKDIR, RM, SET_PERMS, ERROR, RESUME = (
@@ -305,6 +313,97 @@ def test_a_rollback_that_is_refused_does_not_hide_why_it_came_to_that(peers):
         store.transaction(steps)
     store.write("/b", "2")
     assert xenstored.requests[-1][1] == 0
+
+
+def test_what_a_transaction_changes_is_asked_for_at_once_and_not_one_by_one(peers):
+    """This xenstored answers no change before it has seen three of them."""
+    store, xenstored = peers
+    kept, answer = [], xenstored.answer
+
+    def in_threes(kind, request, transaction, payload):
+        made = answer(kind, request, transaction, payload)
+        if kind != WRITE:
+            return made
+        kept.append(made)
+        whole = b"".join(kept) if len(kept) == 3 else b""
+        if whole:
+            kept.clear()
+        return whole
+
+    xenstored.answer = in_threes
+
+    def steps():
+        for name in "abc":
+            store.write(f"/{name}", name)
+        assert store.read("/c") == b"c"
+        for name in "def":
+            store.write(f"/{name}", name)
+
+    store.transaction(steps)
+    assert b"".join(xenstored.nodes[f"/{name}".encode()] for name in "abcdef") == b"abcdef"
+    assert xenstored.requests[-1][0] == END
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_change_that_is_refused_undoes_its_transaction_and_is_the_one_named(peers, asks):
+    store, xenstored = peers
+    carry_out = xenstored.carry_out
+    xenstored.carry_out = lambda kind, body: (
+        (ERROR, b"EACCES\0") if kind == WRITE and body.startswith((b"/b", b"/c")) else carry_out(kind, body)
+    )
+    xenstored.nodes[b"/a"] = b""
+
+    def steps():
+        for name in "abc":
+            store.write(f"/{name}", name)
+        if asks:
+            store.read("/a")
+
+    with pytest.raises(StoreError, match="write /b: .*EACCES"):
+        store.transaction(steps)
+    assert xenstored.requests[-1][::2] == (END, b"F\0")
+    assert (READ in [kind for kind, *_ in xenstored.requests]) is False
+    store.write("/d", "d")
+    assert xenstored.requests[-1][1] == 0
+
+
+def test_of_many_changes_only_so_many_are_not_waited_for(peers):
+    store, xenstored = peers
+    ahead, most, write = [0], [0], Router.send
+    count = store._router.answer_to
+
+    def answer_to(sent):
+        ahead[0] -= sent.op == WRITE
+        return count(sent)
+
+    def send(packet):
+        ahead[0] += packet.op == WRITE
+        most[0] = max(most[0], ahead[0])
+        return write(store._router, packet)
+
+    store._router.answer_to, store._router.send = answer_to, send
+    store.transaction(lambda: [store.write(f"/{number}", "x" * 4000) for number in range(300)])
+    assert most[0] == UNREAD_LIMIT
+    assert len(xenstored.nodes) == 300
+
+
+def test_answers_to_changes_that_come_too_late_are_passed_over(peers):
+    store, xenstored = peers
+    store._router._deadline_s = 0.3
+    late, answer = threading.Event(), xenstored.answer
+
+    def slow(kind, *rest):
+        if kind == WRITE:
+            late.wait(10)
+        return answer(kind, *rest)
+
+    xenstored.answer = slow
+    with pytest.raises(TimeoutExpiredError):
+        store.transaction(lambda: [store.write(f"/{name}", name) for name in "abc"])
+    late.set()
+    xenstored.nodes[b"/z"] = b"z"
+    store._router._deadline_s = 10
+    assert store.read("/z") == b"z"
 
 
 def test_a_parent_is_removed_only_while_it_is_empty(peers):

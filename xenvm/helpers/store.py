@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 PAYLOAD_LIMIT_BYTES: Final = 4096  # XENSTORE_PAYLOAD_MAX, xen/io/xs_wire.h
 ANSWER_WAIT_S: Final = 40.0  # xenstored shares dom0's processor with helpers that start, and that with booting guests
 TRANSACTION_TRIES: Final = 32
+UNREAD_LIMIT: Final = 64  # requests of a transaction whose answers wait to be read: they fit into the socket's buffer
 DIRECTORY_PART: Final = 22  # XS_DIRECTORY_PART, xen/io/xs_wire.h: a list that does not fit into one answer
 LIST_LIMIT_BYTES: Final = 1 << 20
 LIST_TRIES: Final = 8
@@ -42,6 +43,9 @@ class _Answer:
 
     def get(self) -> Packet:
         return self._router.answer_to(self._sent)
+
+    def give_up(self) -> None:
+        self._router.give_up(self._sent)
 
 
 class Router:
@@ -77,6 +81,10 @@ class Router:
             return Packet(op, payload, sent.rq_id, transaction)
         except PyXSError as error:
             raise StoreError(f"xenstored answered with the unknown kind {op}") from error
+
+    def give_up(self, sent: Packet) -> None:
+        """Have the answer to `sent` passed over when it comes."""
+        self._given_up.add(sent.rq_id)
 
     def exchange(self, op: int, payload: bytes, transaction: int) -> tuple[int, bytes]:
         """Send a request of a kind that pyxs does not know; return kind and payload of the answer."""
@@ -136,14 +144,20 @@ class Router:
 
 
 class Store:
-    """Text values by path. `None` from read means that the node does not exist."""
+    """Text values by path. `None` from read means that the node does not exist.
+
+    In a transaction what is changed is not waited for one by one: the answers are read before the next question, and
+    before the end. A refusal is raised then; nothing of the transaction counts.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self._router = Router(connection)
         self._client = Client(router=self._router)
+        self._unread: list[tuple[_Answer, int, str, str, bool]] = []
 
     def read(self, path: str) -> bytes | None:
         """Return the value, which a guest may have written: at most 4096 bytes of anything."""
+        self._settle()
         try:
             value: bytes = self._client.read(path.encode("ascii"))
         except _PYXS_ERRORS as error:
@@ -163,14 +177,11 @@ class Store:
 
     def remove(self, path: str) -> None:
         """Remove a node with everything below it; one that is not there is fine."""
-        try:
-            self._ack("rm", path, Op.RM, path.encode("ascii") + NUL)
-        except StoreError as error:
-            if not isinstance(error.__cause__, PyXSError) or error.__cause__.args[0] != errno.ENOENT:
-                raise
+        self._ack("rm", path, Op.RM, path.encode("ascii") + NUL, absent_ok=True)
 
     def names(self, path: str) -> list[str]:
         """Return the names of a node's children, of any number; none when it does not exist."""
+        self._settle()
         try:
             children = self._client.list(path.encode("ascii"))
         except _PYXS_ERRORS as error:
@@ -209,7 +220,7 @@ class Store:
         """
 
         def steps() -> None:
-            with suppress(*_PYXS_ERRORS):
+            with suppress(*_PYXS_ERRORS):  # nothing is unread yet
                 self._client.read((path.rpartition("/")[0] or "/").encode("ascii"))
             if self._is_empty(path):
                 self.remove(path)
@@ -219,6 +230,7 @@ class Store:
 
     def _is_empty(self, path: str) -> bool:
         """Tell whether a node is there and has no children."""
+        self._settle()
         try:
             return not self._client.list(path.encode("ascii"))
         except _PYXS_ERRORS:  # gone already, or so full that its list does not fit into one answer
@@ -245,8 +257,11 @@ class Store:
             _translated(self._client.transaction)
             try:
                 steps()
+                self._settle()
             except BaseException:
                 with suppress(XenvmError):  # the first failure is the one that counts
+                    self._settle()
+                with suppress(XenvmError):
                     _translated(self._client.rollback)
                 self._client.tx_id = 0  # not answered, it is over too: else all that follows would be said in it
                 raise
@@ -257,13 +272,37 @@ class Store:
             time.sleep(0.01 * attempt)
         raise StoreError(f"xenstore transaction lost {TRANSACTION_TRIES} times to other writers")
 
-    def _ack(self, what: str, path: str, op: int, payload: bytes) -> None:
-        answer = self._router.send(Packet(op, payload, next_rq_id(), self._client.tx_id)).get()
-        if answer.op == Op.ERROR:
-            name = answer.payload.rstrip(NUL).decode("ascii", "replace")
-            raise _refused(what, path, PyXSError(getattr(errno, name, errno.EIO), name))
-        if answer.op != op:
-            raise StoreError(f"xenstore {what} {path}: answer of another kind")
+    def _ack(self, what: str, path: str, op: int, payload: bytes, *, absent_ok: bool = False) -> None:
+        """Ask for a change; outside a transaction, wait until it is made."""
+        answer = self._router.send(Packet(op, payload, next_rq_id(), self._client.tx_id))
+        self._unread.append((answer, op, what, path, absent_ok))
+        if not self._client.tx_id or len(self._unread) >= UNREAD_LIMIT:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Read all answers that are due; raise the first refusal."""
+        unread, self._unread = self._unread, []
+        failure: StoreError | None = None
+        for number, (answer, op, what, path, absent_ok) in enumerate(unread):
+            try:
+                packet = answer.get()
+            except BaseException:
+                for later, *_ in unread[number + 1 :]:
+                    later.give_up()
+                raise
+            failure = failure or _failure(packet, op, what, path, absent_ok=absent_ok)
+        if failure:
+            raise failure
+
+
+def _failure(packet: Packet, op: int, what: str, path: str, *, absent_ok: bool) -> StoreError | None:
+    """Return what is wrong with the answer to a change, if anything."""
+    if packet.op == Op.ERROR:
+        name = packet.payload.rstrip(NUL).decode("ascii", "replace")
+        number = getattr(errno, name, errno.EIO)
+        absent = absent_ok and number == errno.ENOENT
+        return None if absent else _refused(what, path, PyXSError(number, name))
+    return None if packet.op == op else StoreError(f"xenstore {what} {path}: answer of another kind")
 
 
 def _translated(step: Callable[[], object]) -> object:
