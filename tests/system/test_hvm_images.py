@@ -124,7 +124,7 @@ def test_xl_restores_ours(saved):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("victim", ["builder", "qmp", "supervisor", "broker"])
+@pytest.mark.parametrize("victim", ["builder", "stream", "qmp", "supervisor", "broker"])
 def test_kill_9_over_a_suspend(saved, victim):
     """Whoever dies, the guest goes on as if nothing had been asked, and no image is there."""
     guest, serial, file = saved

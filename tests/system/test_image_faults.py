@@ -144,7 +144,7 @@ def uses_its_disk(guest, note):
     assert note in guest.shell("dd if=/dev/xvda bs=512 count=1 iflag=direct 2>/dev/null; echo").split()
 
 
-@pytest.mark.parametrize("victim", ["builder", "supervisor", "broker"])
+@pytest.mark.parametrize("victim", ["builder", "stream", "supervisor", "broker"])
 @pytest.mark.long
 def test_kill_9_at_ten_moments_of_a_suspend(vm, image, folder, victim):
     """Spread over all that a suspend takes. The guest runs on, or it is whole in an image that has its name."""
@@ -165,7 +165,7 @@ def test_kill_9_at_ten_moments_of_a_suspend(vm, image, folder, victim):
         saving = guest.begin_cmd("suspend", str(file))
         until(lambda jobs=jobs: acts(guest).count('"op":"save"') > jobs, "a save has begun")
         time.sleep(whole_s * turn / 10)
-        pid = helper("builder") if victim == "builder" else guest.pids().get(victim, 0)
+        pid = helper(victim) if victim in ("builder", "stream") else guest.pids().get(victim, 0)
         if pid:  # else it has ended by itself
             kill(pid)
         text = finished(guest, saving, victim)

@@ -11,7 +11,7 @@ import pytest
 from broker_bench import FAULT, RUNNING, UUID
 from children import FakeChild
 
-from xenvm.boundary.images import Image, Inspect, Progress, Restore, Room, Save, Write, Writing, Written
+from xenvm.boundary.images import Image, Inspect, Progress, Restore, Room, Save, Sync, Write, Writing, Written
 from xenvm.boundary.messages import NO_DOMAIN, DomainState, Done, Failed, HostPolicy, Init, Op
 from xenvm.boundary.privileges import Role
 from xenvm.broker import core, findings, images, work
@@ -138,25 +138,37 @@ def begun(bench, file, compression="none"):
     assert os.path.sameopenfile(image, file.fileno())
     os.close(image)
     _, (entrance,) = bench.builder.there.receive(deadline_s=5)
+    bench.answer(Room(4096))
+    assert worker.there.receive(deadline_s=5)[0] == Room(4096)
     return worker, entrance, exit_end
+
+
+def hears(bench):
+    """What the builder hears of its broker, None when nothing."""
+    try:
+        return bench.builder.there.receive_now()[0]
+    except BlockingIOError:
+        return None
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_a_save_has_a_builder_with_a_pipe_and_a_worker_with_the_image(bench, file, compression):
     worker, entrance, exit_end = begun(bench, file, compression)
-    bench.answer(Room(4096))
-    assert worker.there.receive(deadline_s=5)[0] == Room(4096)
     os.write(entrance, b"memory")
     os.close(entrance)
     assert os.read(exit_end, 100) == b"memory"
     assert os.read(exit_end, 100) == b""  # nobody else holds the other end
     os.close(exit_end)
-    for said in (Writing(), Written(6)):
-        worker.there.send(said)
-        bench.turn()
-        assert bench.builder.there.receive(deadline_s=5)[0] == said
+    worker.there.send(Writing())
+    bench.turn()
+    assert hears(bench) == Writing()
+    worker.there.send(Written(6))
+    bench.turn()
     worker.die()
     bench.turn()
+    assert hears(bench) is None  # before it asks
+    bench.answer(Sync())
+    assert hears(bench) == Written(6)
     bench.answer(Done(0, SUSPENDED, "6 zstd"))
     assert bench.heard() == Done(5, SUSPENDED, "6 zstd")
 
@@ -169,11 +181,12 @@ def test_a_writer_that_dies_is_said_to_the_builder_and_to_the_user(bench, file, 
     if when:
         worker.there.send(Writing())
         bench.turn()
-        assert bench.builder.there.receive(deadline_s=5)[0] == Writing()
+        assert hears(bench) == Writing()
+        bench.answer(Sync())
     worker.die()
     bench.turn()
-    told = bench.builder.there.receive(deadline_s=5)[0].fault.message
-    assert told == "the image was not written: the stream worker ended with status 0; the guest runs on"
+    told = hears(bench).fault.message
+    assert told == worker_ended()
     bench.answer(Failed(0, FAULT.but(message="writing the image: Broken pipe"), NO_DOMAIN))
     assert bench.refused() == told
 
@@ -188,6 +201,46 @@ def test_the_words_of_the_writer_count_though_the_builder_sees_the_end_of_the_pi
     worker.die()
     bench.answer(Failed(0, FAULT.but(message="writing the image: Broken pipe"), NO_DOMAIN))
     assert bench.refused() == "writing the image: No space left"
+
+
+@pytest.mark.parametrize("how", ["says so", "dies"])
+def test_a_writer_that_fails_meanwhile_is_no_answer_to_what_the_builder_asks_of_the_device_model(bench, file, how):
+    """It would take that for a device model that does not run again, and leave the guest suspended."""
+    worker, *ends = begun(bench, file)
+    for descriptor in ends:
+        os.close(descriptor)
+    worker.there.send(Writing())
+    bench.turn()
+    assert hears(bench) == Writing()
+    if how == "says so":
+        worker.there.send(Failed(0, FAULT, NO_DOMAIN))
+        bench.turn()
+    worker.die()
+    bench.turn()
+    assert hears(bench) is None
+    bench.answer(Failed(0, FAULT.but(message="writing the image: Broken pipe"), NO_DOMAIN))
+    assert bench.refused() == (FAULT.message if how == "says so" else worker_ended())
+
+
+def worker_ended():
+    return "the image was not written: the stream worker ended with status 0; the guest runs on"
+
+
+@pytest.mark.parametrize("again", [Room(4096), Sync(), Room(1)])
+def test_a_builder_that_asks_out_of_turn_gets_no_further(bench, file, again):
+    worker, *ends = begun(bench, file)
+    for descriptor in ends:
+        os.close(descriptor)
+    worker.there.send(Writing())
+    bench.turn()
+    assert hears(bench) == Writing()
+    if isinstance(again, Sync):
+        bench.answer(Sync())
+        assert hears(bench) is None
+    bench.answer(again)
+    assert "not its turn" in hears(bench).fault.message
+    with pytest.raises(BlockingIOError):
+        worker.there.receive_now()
 
 
 @pytest.mark.parametrize("first", [Written(6), IMAGE])
@@ -226,6 +279,15 @@ def test_what_a_worker_gone_mad_says_costs_neither_descriptors_nor_the_builders_
     assert len(os.listdir("/proc/self/fd")) <= before
     bench.answer(Failed(0, FAULT, NO_DOMAIN))
     assert bench.refused() == FAULT.message
+
+
+def test_the_builder_for_the_end_of_a_saved_guest_is_made_ready_meanwhile(bench, file):
+    save(bench, file)
+    ready = bench.broker._spares[Role.BUILDER]
+    bench.answer(Done(0, SUSPENDED, "4711"))
+    bench.heard()
+    bench.ask(Op.DESTROY)
+    assert bench.builder is ready
 
 
 def test_cancel_ends_a_save(bench, file):

@@ -16,7 +16,8 @@ import pytest
 from saveimages import PAGE, config, image, libxc, pages, parts
 
 from xenvm import jsontext
-from xenvm.boundary.images import Image
+from xenvm.boundary.frames import Channel
+from xenvm.boundary.images import Image, Room, Write, Writing, Written
 from xenvm.errors import ExitCode, ProtocolError, WrongStateError, XenvmError
 from xenvm.helpers import imagefile, saved
 from xenvm.helpers.stream import main as stream
@@ -66,12 +67,13 @@ def packed(content, limit_bytes=1 << 30, compression="zstd"):
     return whole
 
 
-def test_more_than_anybody_would_unpack_is_not_packed():
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_more_than_anybody_would_unpack_is_not_written(compression):
     """A guest that writes to all of its memory while it is saved live: it runs on."""
     content = unsealed()
-    assert packed(content, len(content))
+    assert packed(content, len(content), compression)
     with pytest.raises(XenvmError, match="more than 0 MiB: too much"):
-        packed(content, len(content) - 1)
+        packed(content, len(content) - 1, compression)
 
 
 def unpacked(content):
@@ -203,12 +205,49 @@ def test_the_image_of_a_guest_of_another_size_is_not_unpacked():
     assert caught.value.code is ExitCode.WRONG_STATE
 
 
-def test_a_builder_that_ends_early_leaves_nothing_that_is_taken_for_whole():
+@pytest.mark.parametrize("larger_kib", [0, 1024])
+def test_a_guest_that_is_larger_than_a_newer_config_may_have_an_image_of_its_own_size(monkeypatch, larger_kib):
+    monkeypatch.setattr(stream, "SLACK_BYTES", 0)
+    content = unsealed() + bytes(1 << 20)
+    channel, broker = Channel.pair()
+    readable, writable = os.pipe()
+    writer = threading.Thread(target=lambda: os.fdopen(writable, "wb", buffering=0).write(content))
+    with tempfile.TemporaryFile() as file, contextlib.closing(channel), contextlib.closing(broker):
+        broker.send(Room(4 + larger_kib))
+        writer.start()
+        try:
+            if larger_kib:
+                assert stream.write(channel, Write(4, "none"), file.fileno(), readable) == 0
+                assert [broker.receive(deadline_s=5)[0] for _ in "ab"] == [Writing(), Written(len(content))]
+            else:
+                with pytest.raises(XenvmError, match="too much for this guest"):
+                    stream.write(channel, Write(4, "none"), file.fileno(), readable)
+        finally:
+            while os.read(readable, 65536):
+                pass
+            writer.join()
+            os.close(readable)
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_a_builder_that_ends_early_leaves_nothing_that_is_taken_for_whole(compression):
     with pytest.raises(ProtocolError):
-        packed(unsealed()[:40])
-    assert "cut off" in refusal(packed(unsealed()[:-20])) or "ends after" in refusal(packed(unsealed()[:-20]))
+        packed(unsealed()[:40], compression=compression)
+    assert "ends after" in refusal(packed(unsealed()[:-20], compression=compression))
     with pytest.raises(ProtocolError, match="without a seal"):
-        packed(image(text=b"x" * 200))
+        packed(image(text=b"x" * 200), compression=compression)
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_a_file_that_comes_with_another_place_is_written_from_its_beginning(compression):
+    with tempfile.TemporaryFile() as file:
+        os.lseek(file.fileno(), 8192, os.SEEK_SET)
+        readable, writable = os.pipe()
+        os.write(writable, unsealed())
+        os.close(writable)
+        writing.write(readable, file.fileno(), writing.prepare(file.fileno(), compression), 1 << 30)
+        os.close(readable)
+        assert stream.inspect(file.fileno(), MEMORY_KIB)[0] == Image(MEMORY_KIB, 1, 4, 17, "")
 
 
 def test_without_the_library_it_is_said_which_package_is_missing(monkeypatch):

@@ -155,12 +155,19 @@ class Write(Message):
 class Room(Message):
     """Builder to broker, and on to the stream worker: it wants room for the image of a guest with so much memory.
 
-    It answers Writing when it can begin, and Written at the end of the pipe.
+    It answers Writing when it can begin.
     """
 
     memory_kib: int
     KIND: ClassVar = 38
     CHECKS: ClassVar = {"memory_kib": number(1, 2**42)}
+
+
+class Sync(Message):
+    """Builder to broker: all is in the pipe, and its end is closed. It waits for Written."""
+
+    KIND: ClassVar = 39
+    CHECKS: ClassVar = {}
 
 
 class Writing(Message):

@@ -39,7 +39,7 @@ from xenvm.boundary.devices import (
     Vif,
     is_bridge,
 )
-from xenvm.boundary.images import Image, Inspect, Progress, Restore, Room, Save, Write, Writing, Written
+from xenvm.boundary.images import Image, Inspect, Progress, Restore, Room, Save, Sync, Write, Writing, Written
 from xenvm.boundary.machine import MACHINE_MESSAGES, MACHINES, MODELS, Machine, ModelState
 from xenvm.boundary.processors import Affinity, CpuidRule
 from xenvm.boundary.workers import (
@@ -580,7 +580,7 @@ KINDS: Final[Mapping[int, type[Message]]] = {
         *(Hello, Init, Ask, Done, Failed, Progress, Job, Watch, Parsed, Outcome),
         *(Plug, Unplug, Rebridge, Created, Ready, Join, Serve, Served, Connect, Decrypt, Release),
         *(Unpack, Unpacked, Sum, Summed, Tables),
-        *(Save, Restore, Inspect, Image, Write, Room, Writing, Written),
+        *(Save, Restore, Inspect, Image, Write, Room, Writing, Sync, Written),
         *MACHINE_MESSAGES,
     )
 }

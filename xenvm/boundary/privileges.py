@@ -335,8 +335,7 @@ _ROWS: Final = (
                 "/dev/xen/evtchn",
             },
         ),
-        # No FSIZE: a save image is as large as the guest's memory.
-        limits=_limits(NPROC=0, NOFILE=64),
+        limits=_limits(NPROC=0, FSIZE=LOG_SIZE_LIMIT, NOFILE=64),
         lifetime=ONE_REQUEST,
         requests=_BUILDER_REQUESTS,
         ioctls=DESCRIPTOR_IOCTLS | XEN_IOCTLS,

@@ -13,7 +13,7 @@ import os
 import select
 import time
 
-from xenvm.boundary.images import Progress, Room
+from xenvm.boundary.images import Progress, Room, Sync
 from xenvm.boundary.machine import EndModel, Loaded, Wished
 from xenvm.boundary.messages import (
     NO_DOMAIN,
@@ -290,8 +290,8 @@ class Broker:
             self._plugged(work, lambda plugging: plugging.loaded(message.domid))
         elif work and work.talk and child is work.builder and isinstance(message, Wished):
             work.tell(work.talk.ask(message))
-        elif work and child is work.builder and isinstance(message, Room):
-            work.room(message)
+        elif work and child is work.builder and isinstance(message, Room | Sync):
+            work.ask(message)
         elif work and child is work.builder and isinstance(message, EndModel):
             self._models.end(message.domid, message.server)
             work.tell(Ready(()))

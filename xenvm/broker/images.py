@@ -8,7 +8,7 @@ import os
 import stat
 from abc import ABC, abstractmethod
 
-from xenvm.boundary.images import Image, Inspect, Room, Write, Writing, Written
+from xenvm.boundary.images import Image, Inspect, Room, Sync, Write, Writing, Written
 from xenvm.boundary.messages import NO_DOMAIN, Done, Failed, Fault, Op
 from xenvm.boundary.privileges import Role
 from xenvm.broker.children import Child
@@ -171,33 +171,50 @@ class Feed(Stream):
 
 
 class Sink(Stream):
-    """The process that puts what a builder writes into an image, on the disk."""
+    """The process that puts what a builder writes into an image, on the disk.
+
+    The builder hears of it when it asks, for room and then whether the image is on the disk: between the two it talks
+    about the device model, and would take a failure that comes by itself for an answer about that.
+    """
 
     def __init__(self, uuid: str, log: int, image: int, grants: Grants) -> None:
         super().__init__(uuid, log, image, Write(grants.memory_max_mib << 10, grants.image_compression), fed=False)
-        self._next: type[Message] | None = Writing
-        self._told = False
+        self._questions: list[type[Message]] = [Room, Sync]
+        self._answers: list[type[Message]] = [Writing, Written]
+        self._waits = False
+        self._ready: Message | None = None
 
-    def room(self, message: Room) -> None:
-        """Ask it whether there is room."""
-        with suppress(ProtocolError, TimeoutExpiredError):  # it has ended, and that comes next
-            self.child.channel.send(message)
+    def ask(self, message: Room | Sync) -> Message | None:
+        """Take a question of the builder; return the answer if it is known."""
+        if not self._questions or not isinstance(message, self._questions.pop(0)):
+            return self._failed("the builder asks for what is not its turn")
+        self._waits = True
+        if isinstance(message, Room) and not self.failure:
+            with suppress(ProtocolError, TimeoutExpiredError):  # it has ended, and that comes next
+                self.child.channel.send(message)
+        return self._answer()
 
     def take(self, message: Message) -> Message | None:
-        """Learn that it can begin, that the image is whole, or why not, which is said once."""
-        if self._told:
-            return None
-        if not self._said(message):
-            if self._next is not None and isinstance(message, self._next):
-                self._next = Written if self._next is Writing else None
-                return message
-            self._failed(OUT_OF_PLACE)
-        self._told = True
-        return self.failure
+        """Learn that it can begin, that the image is whole, or why not."""
+        if not self.failure and not self._said(message):
+            if self._answers and isinstance(message, self._answers[0]):
+                self._ready = message
+                del self._answers[0]
+            else:
+                self._failed(OUT_OF_PLACE)
+        return self._answer()
 
     def gone(self) -> Message | None:
         """Learn that it has ended, which it may when the image is whole."""
         self.child.end()
-        if self._next is None or self.failure:
+        if self._answers and not self.failure:
+            self._failed(f"the image was not written: the stream worker {self.child.how()}; the guest runs on")
+        return self._answer()
+
+    def _answer(self) -> Message | None:
+        """Return what the builder waits for, once."""
+        answer = self.failure or self._ready
+        if not self._waits or not answer:
             return None
-        return self._failed(f"the image was not written: the stream worker {self.child.how()}; the guest runs on")
+        self._waits, self._ready = False, None
+        return answer

@@ -7,7 +7,7 @@ import os
 import time
 
 from xenvm.boundary.devices import Kind
-from xenvm.boundary.images import Image, Room, Writing, Written
+from xenvm.boundary.images import Image, Room, Sync, Writing, Written
 from xenvm.boundary.machine import EndModel, Granted, Wished
 from xenvm.boundary.messages import Done, Failed, Fault, Job, Op, Ready
 from xenvm.boundary.privileges import Role
@@ -209,10 +209,10 @@ class Work:
         if self.feed:
             self.feed.close_pipe()
 
-    def room(self, message: Room) -> None:
-        """Pass on how large the guest is whose image is to be written."""
+    def ask(self, message: Room | Sync) -> None:
+        """Pass on what the builder asks about the image that is to be written."""
         if isinstance(self.feed, Sink):
-            self.feed.room(message)
+            self.tell(self.feed.ask(message))
 
     def tell(self, answer: Message | None) -> None:
         """Answer its helper in the middle of the work."""

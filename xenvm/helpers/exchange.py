@@ -8,7 +8,7 @@ helper then lets the backends go on.
 from __future__ import annotations
 
 from xenvm.boundary.devices import Kind
-from xenvm.boundary.images import Image, Room, Writing, Written
+from xenvm.boundary.images import Image, Room, Sync, Writing, Written
 from xenvm.boundary.machine import EndModel, Granted, Loaded, Wish, Wished
 from xenvm.boundary.messages import Created, Failed, Ready
 from xenvm.errors import ExitCode, ProtocolError, TimeoutExpiredError, XenvmError
@@ -97,6 +97,7 @@ class Devices:
 
     def written(self) -> int:
         """Wait until the image is on the disk; return its length, or raise XenvmError why it is not."""
+        self._channel.send(Sync())
         message = self._answer(IMAGE_WAIT_S)
         if not isinstance(message, Written):
             raise ProtocolError("the broker did not say what has become of the image")

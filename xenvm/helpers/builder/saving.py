@@ -57,9 +57,9 @@ class Saving:
     def run(self, descriptors: list[int], domain: Domain, *, go_on: bool) -> str:
         """Write the image; return what there is to say of it: its length, how long the guest stood still.
 
-        `descriptors` are that pipe and, of an HVM guest, the file with the state of its device model. `go_on` lets the
-        guest run again, else it stays suspended. On any failure it runs on. The image is written into a pipe; a process
-        at its other end puts it on the disk.
+        `descriptors` are a pipe and, of an HVM guest, the file with the state of its device model. `go_on` lets the
+        guest run again, else it stays suspended. On any failure it runs on. A process at the other end of the pipe puts
+        the image on the disk.
         """
         if domain.state is not DomainState.RUNNING:
             raise WrongStateError(f"domain {domain.domid} is {domain.state}: a guest suspends only while it runs")
@@ -69,8 +69,8 @@ class Saving:
                 hint="the key hvm must be what it was when the guest was started",
             )
         self._memory_kib, pipe = domain.memory_kib, descriptors[0]
-        self._broker.room(domain.memory_kib)
         grants = self._as_built(domain.domid)
+        self._broker.room(domain.memory_kib)
         hooks = Hooks(self._suspend, self._frames, self._track, self._another)
         try:
             self._xen.save(domain.domid, pipe, grants, hooks, live=self._job.live)

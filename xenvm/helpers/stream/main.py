@@ -68,7 +68,8 @@ def write(channel: Channel, message: Write, image: int, pipe: int) -> int:
         raise ProtocolError("a stream worker that is to write hears next how much")
     writing.check_space(image, form, room.memory_kib)
     channel.send(Writing())
-    channel.send(Written(writing.write(pipe, image, form, limit_bytes(message.memory_max_kib))))
+    limit = limit_bytes(max(message.memory_max_kib, room.memory_kib))  # the config may be a newer one than the guest
+    channel.send(Written(writing.write(pipe, image, form, limit)))
     return 0
 
 

@@ -113,6 +113,7 @@ class Compressed(Form):
 
 def prepare(image: int, compression: str) -> Form:
     """Return what writes an image so; raise XenvmError when there is no libzstd for it."""
+    os.lseek(image, 0, os.SEEK_SET)
     return Plain(image) if compression == "none" else Compressed(image)
 
 
@@ -124,7 +125,7 @@ def check_space(image: int, form: Form, memory_kib: int) -> None:
 def write(pipe: int, image: int, form: Form, limit_bytes: int) -> int:
     """Write all that comes, seal it, have it on the disk; return how long the file is. Raise XenvmError why not.
 
-    More than `limit_bytes` nobody would read again.
+    More than `limit_bytes` no guest can have come to, and nobody would unpack it.
     """
     head = _read(pipe, len(saved.MAGIC) + saved.HEADER.size)
     *_, length = saved.HEADER.unpack(head[len(saved.MAGIC) :])
