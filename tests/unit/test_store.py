@@ -550,6 +550,36 @@ def test_without_xenstored_the_error_says_where_it_was_looked_for(monkeypatch, t
         connecting.connect()
 
 
+def test_a_xenstored_to_which_many_connect_at_once_is_waited_for(monkeypatch, tmp_path):
+    """Its queue has room for one or two, and then says so to who does not wait: 16 builders at once."""
+    monkeypatch.setattr(connecting, "SOCKET_PATHS", (f"{tmp_path}/here",))
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as stack:
+        listener.bind(f"{tmp_path}/here")
+        listener.listen(1)
+        waiting = []
+        with pytest.raises(BlockingIOError):
+            while True:
+                waiting.append(stack.enter_context(socket.socket(socket.AF_UNIX)))
+                waiting[-1].setblocking(False)
+                waiting[-1].connect(f"{tmp_path}/here")
+        accepting = threading.Timer(0.5, lambda: [stack.enter_context(listener.accept()[0]) for _ in waiting])
+        accepting.start()
+        before = time.monotonic()
+        connection = connecting.connect()
+        assert 0.4 < time.monotonic() - before < 10
+        assert connection.getpeername() == f"{tmp_path}/here"
+        accepting.join()
+        connection.close()
+        monkeypatch.setattr(connecting, "CONNECT_WAIT_S", 1)
+        with pytest.raises(BlockingIOError):
+            while True:
+                more = stack.enter_context(socket.socket(socket.AF_UNIX))
+                more.setblocking(False)
+                more.connect(f"{tmp_path}/here")
+        with pytest.raises(StoreError, match="took no connection at .*/here within 1 s"):
+            connecting.connect()
+
+
 def test_connecting_takes_the_first_socket_there_is(monkeypatch, tmp_path):
     monkeypatch.setattr(connecting, "SOCKET_PATHS", (f"{tmp_path}/none", f"{tmp_path}/here"))
     with socket.socket(socket.AF_UNIX) as listener:
