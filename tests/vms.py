@@ -59,6 +59,7 @@ def until(condition, what, patience_s=PATIENCE_S):
 
 
 def kill(pid, number=signal.SIGKILL):
+    assert pid > 0, "there is no such process; 0 would be the tests themselves"
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
 
