@@ -8,7 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from conftest import processes, run, until
+from conftest import MIB, processes, run, until
 from saving import step
 
 VERIFY = ("bin/verify-stream-v2", "-f", "xl", "-i")
@@ -54,6 +54,64 @@ def small_disk(place, size_bytes):
         yield lambda size_bytes: sized(size_bytes, "-o", "remount")
     finally:
         run("umount", str(place))
+
+
+class Flaky:
+    """A file system on a device that can be told to fail every read and write from now on, or to stand still."""
+
+    NAME = "xenvm-test-flaky"
+
+    def __init__(self, folder):
+        self.place = folder / "mounted"
+        self.place.mkdir()
+        self._file = folder / "flaky.disk"
+        with self._file.open("wb") as file:
+            file.truncate(320 * MIB)
+        self._ran("mke2fs", "-q", "-O", "^has_journal", str(self._file))
+        self._loop = self._ran("losetup", "-f", "--show", str(self._file)).strip()
+        self._sectors = 320 * MIB // 512
+        self._ran("dmsetup", "create", self.NAME, "--table", f"0 {self._sectors} linear {self._loop} 0")
+        self.mount()
+
+    @staticmethod
+    def _ran(*words):
+        done = run(*words)
+        assert done.returncode == 0, f"{words}: {done.stderr}"
+        return done.stdout
+
+    def mount(self):
+        self._ran("mount", f"/dev/mapper/{self.NAME}", str(self.place))
+
+    def unmount(self):
+        self._ran("umount", str(self.place))
+
+    def fails(self, *, now):
+        """From now on everything fails, or works again."""
+        table = f"0 {self._sectors} error" if now else f"0 {self._sectors} linear {self._loop} 0"
+        self._ran("dmsetup", "suspend", "--noflush", "--nolockfs", self.NAME)
+        self._ran("dmsetup", "load", self.NAME, "--table", table)
+        self._ran("dmsetup", "resume", self.NAME)
+
+    def stands_still(self):
+        """From now on nothing of it ends; what is written stays in memory, and who synchronises waits."""
+        self._ran("dmsetup", "suspend", "--noflush", "--nolockfs", self.NAME)
+
+    def goes_on(self):
+        self._ran("dmsetup", "resume", self.NAME)
+
+    def mend(self):
+        """Let it work again, and look at what was really written."""
+        self.unmount()
+        self.fails(now=False)
+        assert run("e2fsck", "-fy", f"/dev/mapper/{self.NAME}").returncode in (0, 1)
+        self.mount()
+
+    def close(self):
+        run("dmsetup", "resume", self.NAME)
+        run("umount", str(self.place))
+        run("dmsetup", "remove", "--retry", self.NAME)
+        run("losetup", "-d", self._loop)
+        self._file.unlink()
 
 
 def asked(guest, saving):

@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 from conftest import MIB, domains, kill, processes, run, until
-from savedguest import asked, cap, helper, small_disk
+from savedguest import Flaky, asked, cap, helper, small_disk
 from saving import acts, goes_on, held, only, runs_on, suspend
 
 from xenvm.errors import XenvmError
@@ -214,56 +214,6 @@ def test_a_guest_that_knows_no_suspend(vm, folder):
         assert only(folder) == []
         goes_on(guest, before, stops=0)
     assert "answers" in guest.shell("echo its console answers")
-
-
-class Flaky:
-    """A file system on a device that can be told to fail every read and write from now on."""
-
-    NAME = "xenvm-test-flaky"
-
-    def __init__(self, folder):
-        self.place = folder / "mounted"
-        self.place.mkdir()
-        self._file = folder / "flaky.disk"
-        with self._file.open("wb") as file:
-            file.truncate(320 * MIB)
-        self._ran("mke2fs", "-q", "-O", "^has_journal", str(self._file))
-        self._loop = self._ran("losetup", "-f", "--show", str(self._file)).strip()
-        self._sectors = 320 * MIB // 512
-        self._ran("dmsetup", "create", self.NAME, "--table", f"0 {self._sectors} linear {self._loop} 0")
-        self.mount()
-
-    @staticmethod
-    def _ran(*words):
-        done = run(*words)
-        assert done.returncode == 0, f"{words}: {done.stderr}"
-        return done.stdout
-
-    def mount(self):
-        self._ran("mount", f"/dev/mapper/{self.NAME}", str(self.place))
-
-    def unmount(self):
-        self._ran("umount", str(self.place))
-
-    def fails(self, *, now):
-        """From now on everything fails, or works again."""
-        table = f"0 {self._sectors} error" if now else f"0 {self._sectors} linear {self._loop} 0"
-        self._ran("dmsetup", "suspend", "--noflush", "--nolockfs", self.NAME)
-        self._ran("dmsetup", "load", self.NAME, "--table", table)
-        self._ran("dmsetup", "resume", self.NAME)
-
-    def mend(self):
-        """Let it work again, and look at what was really written."""
-        self.unmount()
-        self.fails(now=False)
-        assert run("e2fsck", "-fy", f"/dev/mapper/{self.NAME}").returncode in (0, 1)
-        self.mount()
-
-    def close(self):
-        run("umount", str(self.place))
-        run("dmsetup", "remove", "--retry", self.NAME)
-        run("losetup", "-d", self._loop)
-        self._file.unlink()
 
 
 @pytest.fixture
