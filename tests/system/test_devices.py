@@ -116,7 +116,14 @@ def test_block_devices(vm, block):
             assert content.read(len(PATTERN)) == PATTERN
 
 
-@pytest.mark.parametrize(("kind", "form"), [("qcow", "qcow2"), pytest.param("vhd", "vpc", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        ("qcow", "qcow2"),
+        pytest.param("qcow", "qcow", marks=pytest.mark.long),
+        pytest.param("vhd", "vpc", marks=pytest.mark.long),
+    ],
+)
 def test_image_formats_are_served_without_privilege(vm, image, kind, form):
     """What the guest writes is in the image; a read-only one takes no writes; nothing of the server stays."""
     written, fixed, raw = image("disk.img"), image("fixed.img"), image("raw.img", content=PATTERN)
