@@ -139,7 +139,9 @@ def test_image_formats_are_served_without_privilege(vm, image, kind, form):
     audited = run("xenvm-audit", "--json", guest.uuid)
     assert audited.returncode == 0, audited.stdout
     assert [one["role"] for one in json_of(audited)["audited"]].count("image") == 2  # nobody's children, and yet seen
-    guest.shell("dd if=/dev/xvdb of=/dev/xvda bs=1M count=64 conv=fsync")
+    guest.shell(
+        "dd if=/dev/xvdb of=/dev/xvda bs=1M count=64 conv=fsync", patience_s=900
+    )  # QEMU writes qcow 1 in small steps
     guest.shell("dd if=/dev/zero of=/dev/xvdb bs=512 count=1", code=1)
     guest.cmd("restart", "timeout=100")
     guest.up(boots=2)
