@@ -281,6 +281,17 @@ def test_what_a_worker_gone_mad_says_costs_neither_descriptors_nor_the_builders_
     assert bench.refused() == FAULT.message
 
 
+@pytest.mark.parametrize("asked", [Room(4096), Sync()])
+def test_a_builder_that_asks_about_an_image_where_none_is_written_is_ended(bench, asked):
+    bench.known(RUNNING)
+    bench.ask(Op.PAUSE)
+    builder = bench.builder
+    bench.answer(asked)
+    assert bench.acts.of("protocol")[-1]["role"] == "builder"
+    assert builder.killed
+    assert isinstance(bench.heard(), Failed)
+
+
 def test_the_builder_for_the_end_of_a_saved_guest_is_made_ready_meanwhile(bench, file):
     save(bench, file)
     ready = bench.broker._spares[Role.BUILDER]

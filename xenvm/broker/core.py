@@ -35,6 +35,7 @@ from xenvm.broker import host, looks, strays, uevents
 from xenvm.broker.asked import Asked, Refusals, allow
 from xenvm.broker.book import Book
 from xenvm.broker.children import Child
+from xenvm.broker.images import Sink
 from xenvm.broker.models import Models
 from xenvm.broker.phases import (
     FOLLOWED_AT_ONCE,
@@ -290,8 +291,8 @@ class Broker:
             self._plugged(work, lambda plugging: plugging.loaded(message.domid))
         elif work and work.talk and child is work.builder and isinstance(message, Wished):
             work.tell(work.talk.ask(message))
-        elif work and child is work.builder and isinstance(message, Room | Sync):
-            work.ask(message)
+        elif work and child is work.builder and isinstance(work.feed, Sink) and isinstance(message, Room | Sync):
+            work.tell(work.feed.ask(message))
         elif work and child is work.builder and isinstance(message, EndModel):
             self._models.end(message.domid, message.server)
             work.tell(Ready(()))

@@ -7,7 +7,7 @@ import os
 import time
 
 from xenvm.boundary.devices import Kind
-from xenvm.boundary.images import Image, Room, Sync, Writing, Written
+from xenvm.boundary.images import Image, Writing, Written
 from xenvm.boundary.machine import EndModel, Granted, Wished
 from xenvm.boundary.messages import Done, Failed, Fault, Job, Op, Ready
 from xenvm.boundary.privileges import Role
@@ -208,11 +208,6 @@ class Work:
             self.builder.channel.send(job, images)
         if self.feed:
             self.feed.close_pipe()
-
-    def ask(self, message: Room | Sync) -> None:
-        """Pass on what the builder asks about the image that is to be written."""
-        if isinstance(self.feed, Sink):
-            self.tell(self.feed.ask(message))
 
     def tell(self, answer: Message | None) -> None:
         """Answer its helper in the middle of the work."""

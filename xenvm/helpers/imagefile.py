@@ -41,6 +41,14 @@ def write(image: int, content: bytes | memoryview) -> None:
         raise failure(error) from error
 
 
+def take(pipe: int, length: int) -> bytes:
+    """Return so many bytes that come through a pipe; fewer only at its end."""
+    content = b""
+    while len(content) < length and (more := os.read(pipe, length - len(content))):
+        content += more
+    return content
+
+
 def failure(error: OSError) -> XenvmError:
     """Return what to say of an error in writing."""
     return XenvmError(f"writing the image: {error.strerror or error}", hint=hint(error.errno))

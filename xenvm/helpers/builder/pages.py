@@ -8,12 +8,11 @@ no real one has, tells such images from those of real guests.
 
 from __future__ import annotations
 
-import os
 import struct
 
 from xenvm import jsontext
 from xenvm.errors import XenvmError
-from xenvm.helpers import saved
+from xenvm.helpers import imagefile, saved
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -105,10 +104,7 @@ def _record(kind: int, body: bytes = b"") -> bytes:
 
 
 def _read(pipe: int, length: int) -> bytes:
-    content = b""
-    while len(content) < length:
-        more = os.read(pipe, length - len(content))
-        if not more:
-            raise XenvmError("reading the image: its stream was cut off")
-        content += more
+    content = imagefile.take(pipe, length)
+    if len(content) < length:
+        raise XenvmError("reading the image: its stream was cut off")
     return content

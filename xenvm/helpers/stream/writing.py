@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from typing import Final
 
 CHUNK_BYTES: Final = 1 << 20
-NEEDED: Final = 4  # of a compressed image: room for so large a part of the guest's memory. Should it not do, the guest
-# runs on
 END: Final = b"}\0"  # what stands behind the seal in the config
 
 
@@ -58,7 +56,7 @@ class Plain(Form):
 
     def begin(self, head: bytes, seal_at: int) -> int:
         """Write the head; the seal is where it was."""
-        imagefile.write(self._image, head)
+        imagefile.put(self._image, head)
         self._at = len(head)
         return seal_at
 
@@ -85,7 +83,8 @@ class Plain(Form):
 class Compressed(Form):
     """Two frames of zstd: one of the head, one of all the rest."""
 
-    share = NEEDED
+    share = 4
+    """Should it not do, the guest runs on."""
 
     def __init__(self, image: int) -> None:
         super().__init__(image)
@@ -168,10 +167,7 @@ def _pass_on(pipe: int, form: Form, total: int, limit_bytes: int) -> tuple[int, 
 
 
 def _read(pipe: int, length: int) -> bytes:
-    content = b""
-    while len(content) < length:
-        more = os.read(pipe, length - len(content))
-        if not more:
-            raise ProtocolError("the builder ended in the head of the image")
-        content += more
+    content = imagefile.take(pipe, length)
+    if len(content) < length:
+        raise ProtocolError("the builder ended in the head of the image")
     return content
